@@ -82,7 +82,7 @@ def attach(
 
     Raises:
         AttachError: the prompt cannot be attached; the model is unchanged.
-        UnsupportedModeError: another thread is running the model.
+        UnsupportedModeError: this is the model's first prompt, and another thread is running the model.
         OptionError, PromptMismatchError: the method's options are invalid for this model.
     """
     return attach_prompt(

@@ -136,8 +136,7 @@ class SoftPrompt(AttachedPrompt):
     def fold(self) -> SoftPrompt:
         """Replace the prompt's reparameterization, such as an MLP, with its output. This cannot be undone.
 
-        Raises:
-            UnsupportedModeError: another thread is running the model.
+        Waits until no other thread is running the model.
         """
         with self.running.exclusive("`fold`"):
             device = self.encoder.device
@@ -264,11 +263,7 @@ class SoftPrompt(AttachedPrompt):
             return upload(folder, facts, private, token, revision, commit_message=message, **kwargs)
 
     def remove(self) -> None:
-        """Remove the prompt and restore the model. Calling this again has no effect.
-
-        Raises:
-            UnsupportedModeError: another thread is running the model.
-        """
+        """Remove the prompt and restore the model, once no other thread is running it. Calling this again has no effect."""
         with self.running.exclusive("`remove`"):
             if self.is_attached:
                 self.is_attached = False

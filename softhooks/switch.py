@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from torch import nn
 
-from softhooks.errors import OptionError, UnsupportedModeError
+from softhooks.errors import OptionError
 from softhooks.inject.reuse import new_scope
 from softhooks.prompt import SoftPrompt, soft_prompts_of
-from softhooks.runtime.prompted_model import PromptedModel, require_prompted_model
+from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.runtime.with_blocks import Block
 
 
 def activate(model: nn.Module, name: str) -> SoftPrompt:
     """Activate one prompt of a model and deactivate all others, in every thread.
 
+    Forwards and `generate` calls that are running in other threads continue with the prompt that was active when they began.
+
     An inactive prompt keeps its gradients until `zero_grad`, so one optimizer step can train several prompts.
 
     Raises:
         NotAttachedError: the model has no prompt with this name.
         OptionError: `name` is not a string.
-        UnsupportedModeError: another thread is running the model.
     """
     if not isinstance(name, str):
         raise OptionError(
@@ -32,9 +33,10 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
             attached=", ".join(map(repr, require_prompted_model(model).prompts)),
         )
     prompted = require_prompted_model(model, name)
-    with prompted.running.exclusive("`activate`"):
+    with prompted.running.block("`activate`"):
+        require_prompted_model(model, name)  # another thread may have removed it meanwhile
         prompted.active = name
-    return soft_prompts_of(prompted)[name]
+        return soft_prompts_of(prompted)[name]
 
 
 @contextmanager
@@ -47,15 +49,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     prompted = require_prompted_model(model)
     try:
         with Block(prompted.model, off=True):
-            _show_labels(prompted)
+            prompted.show_labels()
             yield model
     finally:
-        _show_labels(prompted)
-
-
-def _show_labels(prompted: PromptedModel) -> None:
-    """Update the label names in the config for this thread, unless another thread is running the model."""
-    with suppress(UnsupportedModeError), prompted.running.exclusive("a change of label names"):
         prompted.show_labels()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -247,39 +246,6 @@ def test_a_forward_after_one_that_was_interrupted(way: str) -> None:
             assert torch.equal(found, expected if after is contextlib.nullcontext else bare(IDS).logits)
             assert all(module.training for module in model.modules())
         assert torch.equal(model(IDS).logits, expected)
-
-
-def test_a_forward_while_another_thread_runs_one() -> None:
-    model = zoo.build("llama")
-    entered, goes_on = threading.Event(), threading.Event()
-    found: list[torch.Tensor] = []
-
-    def wait(*_call: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            entered.set()
-            goes_on.wait(60)
-
-    with softhooks.attach(model, PrefixTuning(P)), torch.no_grad():
-        expected = model(IDS).logits
-        model.model.layers[1].register_forward_pre_hook(wait)
-        thread = threading.Thread(target=lambda: found.append(run_without_gradients(model)))
-        thread.start()
-        try:
-            assert entered.wait(60)
-            with pytest.raises(UnsupportedModeError, match=r"^another thread (.|\n)*one forward at a time"):
-                model(zoo.text(3, 5))
-        finally:
-            goes_on.set()
-            thread.join()
-        assert torch.equal(found[0], expected)
-        assert torch.equal(model(IDS).logits, expected)
-
-
-def run_without_gradients(model: Any) -> torch.Tensor:
-    """The logits; a thread has a gradient mode of its own."""
-    with torch.no_grad():
-        logits: torch.Tensor = model(IDS).logits
-        return logits
 
 
 def _interrupt(*_call: Any) -> None:

@@ -84,7 +84,6 @@ def current_pass(module: nn.Module) -> RunningPass | None:
 
     Raises:
         PromptNotReachedError: a prompt is active, but its hooks did not run.
-        UnsupportedModeError: a prompt is active, but the model is running in another thread.
     """
     site: Site | None = module.__dict__.get(MARK)
     if site is None:
@@ -92,8 +91,6 @@ def current_pass(module: nn.Module) -> RunningPass | None:
     state = site.stack.state
     current = state.current
     if current is None and _expects_pass(state):
-        if state.owner is not None:
-            state.owner.running.require_free()
         raise PromptNotReachedError(
             f"{type(module).__name__} ran outside a call to the model, so the prompt's hooks did not run.",
             "Call the model, not the `forward` of one of its modules; checkpoint its layers with "

@@ -19,6 +19,7 @@ from softhooks.backbone.find_attention import AttentionRecord, find_sites, recor
 from softhooks.backbone.find_positions import find_positions
 from softhooks.backbone.find_stack import ModuleCall, find_stack, record
 from softhooks.backbone.max_positions import dynamic_rope_length, rotary_limit
+from softhooks.backbone.own_state import changes_modules
 from softhooks.backbone.probe_inputs import CHOICES, as_choices, decoder_ids, probe_ids, probe_length
 from softhooks.backbone.probing import INSIDE, eval_mode, float_dtype, probing
 from softhooks.backbone.stack import ModelStructure, Stack, StackName
@@ -35,7 +36,8 @@ def examine(model: nn.Module) -> ModelStructure:
         stacks = [_stack(model, name, given, runs) for name, given in runs.ids.items()]
         is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
         find_sites(stacks, ids, runs.attention if is_run_once else None)
-    return ModelStructure(stacks=stacks, vocabulary=vocabulary, choices=runs.choices)
+        changes = changes_modules(model, runs.inputs, stacks)
+    return ModelStructure(stacks=stacks, vocabulary=vocabulary, choices=runs.choices, changes_modules=changes)
 
 
 def _vocabulary(model: nn.Module) -> int:

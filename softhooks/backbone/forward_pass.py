@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +29,11 @@ class Pass:
         stack: the stack; `stack.state.current` is this pass while its forward runs.
 
     Attributes:
-        thread: the id of the thread that runs the forward. Other threads do not see the pass.
         has_begun: whether the stack's forward has begun. Any later call to the stack is nested in it.
         has_injected: whether the prompt has been injected. If it is still False when the forward ends, an error is raised.
-        handles: the handles of hooks that are registered for this forward only.
+        table_positions: the positions whose embeddings the stack's position table returns, counted from 0, [B, T], or [T] for all
+            rows; None for those that the stack asks for.
+        layers_pass: the pass in which the backward runs checkpointed layers again, if it is not this one.
         provenance: returns the state of the prompts, which is stored with caches and encoder states.
         check_attention: called with the arguments of `attend` before each attention function; may raise an error.
         calls: for each module that several layers share, the number of its calls so far, by role and index of its first site.
@@ -41,13 +41,28 @@ class Pass:
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
-        self.thread = threading.get_ident()
         self.has_begun = False
         self.has_injected = False
-        self.handles: list[Any] = []
+        self.table_positions: Tensor | None = None
+        self.layers_pass: Pass | None = None
         self.provenance: Callable[[], Any]
         self.check_attention: CheckAttention | None = None
         self.calls: dict[tuple[str, int], int] = {}
+
+    @property
+    def recomputed_in(self) -> Pass | None:
+        """The pass in which the backward runs checkpointed layers again, or None for no pass."""
+        return self.layers_pass
+
+    @property
+    def allows_checkpointing(self) -> bool:
+        """Whether layers may be checkpointed in this forward."""
+        return True
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether checkpointed layers get the cache that the stack passes to them."""
+        return False
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """Whether a call to the embedding module with these arguments looks up the tokens of the text."""
@@ -96,7 +111,4 @@ class Pass:
         return output
 
     def close(self) -> None:
-        """Remove the hooks of this forward; also called after an error."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        """End the forward; also called after an error."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.backbone.stack import PositionTable
-from softhooks.patching.patches import Patch, patch
+from softhooks.backbone.stack import PositionTable, Stack
+from softhooks.patching.patches import MethodWrapper, Patch, patch
 
 
 class _FixedPositions:
@@ -31,8 +31,24 @@ class _FixedPositions:
         return torch.cat([self._rows, self._rows[..., -1:].expand(*self._rows.shape[:-1], more)], -1)
 
 
+class PositionedForward(MethodWrapper):
+    """Replaces the forward of a stack's position table; uses the `table_positions` of the pass that this thread is running."""
+
+    def __init__(self, stack: Stack, table: PositionTable) -> None:
+        super().__init__(table.module, "forward")
+        self.stack = stack
+        self.table = table
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the embeddings of the pass's positions, or of the positions that the stack asks for."""
+        current = self.stack.state.current
+        if current is None or current.table_positions is None:
+            return super().__call__(*args, **kwargs)
+        return _FixedPositions(self.table, current.table_positions)(*args, **kwargs)
+
+
 def set_table_positions(table: PositionTable, ids: Tensor) -> Patch:
-    """Make a position table return the embeddings of given positions until `remove()` is called on the result.
+    """Make a position table return the embeddings of given positions in all threads, until `remove()` is called on the result.
 
     The whole forward is replaced, because the original fails if a padded row has more tokens than the table has rows.
 

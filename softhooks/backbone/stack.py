@@ -179,11 +179,13 @@ class ModelStructure:
     Attributes:
         vocabulary: the number of rows of the input embedding.
         choices: the number of choices per row in probe forwards of a multiple-choice model ([B, C, T]); otherwise None.
+        changes_modules: whether forwards store state in the model's modules, so that threads must take turns.
     """
 
     stacks: list[Stack]
     vocabulary: int
     choices: int | None = None
+    changes_modules: bool = False
 
     @property
     def is_encoder_decoder(self) -> bool:

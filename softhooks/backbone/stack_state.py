@@ -7,16 +7,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
+
+from softhooks.patching.patches import Patches
 
 
 class RunningPass(Protocol):
     """The members of `Pass` that the hooks on a stack's modules use."""
 
-    thread: int
     has_begun: bool
     check_attention: Any
+    table_positions: Tensor | None
+
+    @property
+    def recomputed_in(self) -> Any:
+        """See `Pass.recomputed_in`."""
+
+    @property
+    def allows_checkpointing(self) -> bool:
+        """See `Pass.allows_checkpointing`."""
+
+    @property
+    def keeps_cache(self) -> bool:
+        """See `Pass.keeps_cache`."""
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """See `Pass.looks_up_text`."""
@@ -47,9 +60,9 @@ class _ModelCalls(Protocol):
     @property
     def forward(self) -> _ModelForward | None: ...
 
-    def exclusive(self, what: str) -> AbstractContextManager[None]: ...
+    def block(self, what: str) -> AbstractContextManager[None]: ...
 
-    def require_free(self) -> None: ...
+    def exclusive(self, what: str) -> AbstractContextManager[None]: ...
 
 
 class _AttachedPrompt(Protocol):
@@ -70,11 +83,14 @@ class _Owner(Protocol):
     def running(self) -> _ModelCalls: ...
 
     @property
+    def patches(self) -> Patches: ...
+
+    @property
     def is_in_use(self) -> bool: ...
 
 
 class StackState:
-    """The running forward of a stack.
+    """The running forward of a stack; each thread has its own.
 
     Attributes:
         owner: the `PromptedModel`, or None while the model has no prompt.
@@ -82,41 +98,44 @@ class StackState:
 
     def __init__(self) -> None:
         self.owner: _Owner | None = None
-        self._current: RunningPass | None = None
+        self._own = threading.local()  # `torch.compile` can trace it, unlike a context variable
 
     def __getstate__(self) -> dict[str, Any]:
-        """Exclude the running forward from copies and pickles."""
-        return self.__dict__ | {"_current": None}
+        """Exclude the running forwards from copies and pickles."""
+        return {"owner": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _own=threading.local())
 
     @property
     def current(self) -> RunningPass | None:
         """The pass of the forward that this thread is running, or None."""
-        current = self._current
-        if current is None or torch.compiler.is_compiling() or current.thread == threading.get_ident():
-            return current
-        return None
+        return getattr(self._own, "current", None)
 
     @current.setter
     def current(self, current: RunningPass | None) -> None:
-        self._current = current
+        self._own.current = current
 
     @contextmanager
-    def running(self, forward_pass: RunningPass, alone: str = "") -> Iterator[None]:
-        """Set `current` to a pass while the `with` block runs.
+    def running(self, forward_pass: RunningPass) -> Iterator[None]:
+        """Set `current` to a pass while the `with` block runs."""
+        outer, self.current = self.current, forward_pass
+        try:
+            yield
+        finally:
+            self.current = outer
+
+    def call(self, what: str, is_exclusive: bool = False) -> AbstractContextManager[None]:
+        """Return a context manager that is a call on the model.
 
         Args:
-            alone: the name of the block in error messages; if given, no other thread may run the model while the block runs.
-
-        Raises:
-            UnsupportedModeError: `alone` is given, but another thread is running the model.
+            what: the name of the call in error messages.
+            is_exclusive: whether no other thread may run the model meanwhile.
         """
-        with self.owner.running.exclusive(alone) if self.owner is not None and alone else nullcontext():
-            outer, self._current = self._current, forward_pass
-            forward_pass.thread = threading.get_ident()  # backward reruns checkpointed layers in another thread
-            try:
-                yield
-            finally:
-                self._current = outer
+        if self.owner is None:
+            return nullcontext()
+        running = self.owner.running
+        return running.exclusive(what) if is_exclusive else running.block(what)
 
     @property
     def encoded(self) -> Any:

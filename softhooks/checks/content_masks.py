@@ -76,7 +76,7 @@ def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPas
     forward_pass, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)
-    with stack.state.running(forward_pass, alone="the check of a prompt"):
+    with stack.state.running(forward_pass):
         (stack.module if by_itself else prompt.model)(input_ids=ids, attention_mask=torch.ones_like(ids))
     return forward_pass
 

@@ -31,6 +31,11 @@ class CapturePass(Pass):
         self.keys: dict[Role, dict[int, Tensor]] = {"self": {}, "cross": {}}
         self.values: dict[Role, dict[int, Tensor]] = {"self": {}, "cross": {}}
 
+    @property
+    def allows_checkpointing(self) -> bool:
+        """False, because the prompt's keys and values must stay in the autograd graph."""
+        return False
+
     def embed(self, output: Tensor) -> Tensor:
         """Return the given embeddings instead of the embeddings of the placeholder ids."""
         return output if self.rows is None else self.rows.to(output).expand_as(output)
@@ -43,15 +48,12 @@ class CapturePass(Pass):
         return attend_alone(attention, window_of(site, kwargs), args, kwargs)
 
 
-def capture(
-    stack: Stack, inputs: dict[str, Any], rows: Tensor | None = None, alone: str = ""
-) -> tuple[dict[Role, KeyValues], Tensor]:
+def capture(stack: Stack, inputs: dict[str, Any], rows: Tensor | None = None) -> tuple[dict[Role, KeyValues], Tensor]:
     """Run a stack; return its keys and values (by kind of attention, `self` or `cross`) and its last hidden state, [B, P, H].
 
     Args:
         inputs: the arguments of the stack's forward.
         rows: embeddings to use instead of the embeddings of `input_ids`, [B, P, H].
-        alone: as in `StackState.running`.
     """
     inputs = dict(inputs)
     if "use_cache" in stack.parameters and stack.causal:
@@ -60,7 +62,7 @@ def capture(
     if cache is not None:
         inputs["past_key_values"] = cache
     forward_pass = CapturePass(stack, rows)
-    with stack.state.running(forward_pass, alone):
+    with stack.state.running(forward_pass):
         state = last_hidden_state(stack.module(**inputs))
     if cache is not None:
         forward_pass.keys["self"] = {index: key for index, (key, _) in cache.recorded.items()}

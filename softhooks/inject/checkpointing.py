@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.module_walk import every_module
 from softhooks.backbone.stack import Site, Stack
-from softhooks.patching.patches import Patches
 
 _FUNCTION = "_gradient_checkpointing_func"
 """The attribute in which transformers stores the checkpointing function of a module."""
@@ -24,18 +24,20 @@ class CheckpointedPass(Pass):
         super().__init__(stack)
         self._anchored: list[Tensor] = []
         self._checkpointed: list[nn.Module] = []
-        self._patches = Patches()
+        self._follows = False
         self._closed = False
+
+    @property
+    def recomputed_in(self) -> Pass | None:
+        """This pass, after `follow_checkpointing`."""
+        return self if self._follows else None
 
     def follow_checkpointing(self) -> None:
         """Make checkpointed layers run inside this pass again when the backward recomputes them."""
-        for module in every_module(self.stack.module):
-            if _FUNCTION in module.__dict__ and is_checkpointed(module):
-                function: Any = module.__dict__[_FUNCTION]
-                self._checkpointed.append(module)
-                self._patches.set(module, _FUNCTION, _reentering(self, function))
-                if not self._anchored and getattr(function, "keywords", {}).get("use_reentrant", False):
-                    self.detach_injected()
+        self._follows = True
+        self._checkpointed = checkpointed_modules(self.stack)
+        if any(getattr(module.__dict__[_FUNCTION], "is_reentrant", False) for module in self._checkpointed):
+            self.detach_injected()
 
     def detach_injected(self) -> None:
         """Replace the injected tensors with leaves of the autograd graph, made by `leaf_of`.
@@ -59,15 +61,9 @@ class CheckpointedPass(Pass):
         anchored: Tensor = _Anchor.apply(output, *self._anchored)  # type: ignore[no-untyped-call]
         return anchored
 
-    def prepare(self) -> list[Any]:
-        """Register further hooks on layers and return their handles; called again when the backward recomputes a layer."""
-        return []
-
     def close(self) -> None:
-        """Remove the hooks, and restore every layer's own checkpointing function."""
-        super().close()
+        """End the forward; layers that run from now on are recomputed by a backward."""
         self._closed = True
-        self._patches.undo()
 
 
 class UnchangedPass(CheckpointedPass):
@@ -85,29 +81,101 @@ class UnchangedPass(CheckpointedPass):
         """Do nothing: nothing is injected."""
 
 
-def _reentering(forward_pass: CheckpointedPass, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a checkpointing function so that the layer runs inside `forward_pass` again when the backward reruns it."""
-    stack = forward_pass.stack
+# --- what is set on the modules of a model ----------------------------------------------------------------------------
+# It stays there until the last prompt is removed, because several threads may be training. It asks for the thread's own pass.
 
-    def checkpoint(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        calls = dict(forward_pass.calls)
 
-        def inside(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            if not forward_pass._closed and stack.state.current is not None:
-                return layer(*inner_args, **inner_kwargs)
-            with stack.state.running(forward_pass, alone="a backward"):
-                # Restore the counts from before the first run, so that a shared module stands for the same layer again.
-                forward_pass.calls = dict(calls)
-                handles = forward_pass.prepare() if forward_pass._closed else []
-                try:
-                    return layer(*inner_args, **inner_kwargs)
-                finally:
-                    for handle in handles:
-                        handle.remove()
+class RecomputingFunction:
+    """Replaces the checkpointing function of a module: a recomputed layer runs inside the pass of its first run again."""
 
-        return function(inside, *args, **kwargs)
+    def __init__(self, stack: Stack, function: Callable[..., Any]) -> None:
+        self.stack = stack
+        self.function = function
 
-    return checkpoint
+    @property
+    def is_reentrant(self) -> bool:
+        """Whether the function is a reentrant checkpoint."""
+        return bool(getattr(self.function, "keywords", {}).get("use_reentrant", False))
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint a layer."""
+        current = self.stack.state.current
+        forward_pass = None if current is None else current.recomputed_in
+        inside = layer if forward_pass is None else _reentering(forward_pass, layer)
+        return self.function(inside, *args, **kwargs)
+
+
+class CheckpointingFlag:
+    """Replaces the flag of a module that activates checkpointing; it is off in a pass that does not allow checkpointing."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def __bool__(self) -> bool:
+        current = self.stack.state.current
+        return current is None or current.allows_checkpointing
+
+
+class CacheFlag:
+    """Replaces the flag of a layer that keeps the cache when the layer is checkpointed; it is on in a pass that needs the cache.
+
+    Args:
+        before: the layer's own flag.
+    """
+
+    def __init__(self, stack: Stack, before: bool) -> None:
+        self.stack = stack
+        self.before = before
+
+    def __bool__(self) -> bool:
+        current = self.stack.state.current
+        return self.before or (current is not None and current.keeps_cache)
+
+
+def checkpointed_modules(stack: Stack) -> list[nn.Module]:
+    """Return the modules of a stack that are checkpointed, after replacing their checkpointing functions."""
+    found = [part for part in every_module(stack.module) if _FUNCTION in part.__dict__ and is_checkpointed(part)]
+    for module in found:
+        replace_once(stack, module, _FUNCTION, RecomputingFunction, lambda own: RecomputingFunction(stack, own))
+    return found
+
+
+def ask_pass_for_checkpointing(stack: Stack) -> None:
+    """Replace the checkpointing flags of a stack's modules."""
+    for module in every_module(stack.module):
+        if is_checkpointed(module):
+            replace_once(stack, module, "gradient_checkpointing", CheckpointingFlag, lambda _: CheckpointingFlag(stack))
+
+
+def replace_once(stack: Stack, module: nn.Module, name: str, kind: type, make: Callable[[Any], Any]) -> None:
+    """Replace an attribute of a module until the last prompt is removed, unless its value already is of the class `kind`.
+
+    Args:
+        make: makes the new value from the old one.
+    """
+    if isinstance(getattr(module, name), kind):
+        return
+    with _LOCK:
+        if stack.state.owner is not None and not isinstance(getattr(module, name), kind):
+            stack.state.owner.patches.set(module, name, make(getattr(module, name)))
+
+
+_LOCK = threading.Lock()
+
+
+def _reentering(forward_pass: CheckpointedPass, layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a checkpointed layer so that it runs inside `forward_pass` again when the backward reruns it."""
+    stack, calls = forward_pass.stack, dict(forward_pass.calls)
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        if not forward_pass._closed and stack.state.current is not None:
+            return layer(*args, **kwargs)
+        with stack.state.call("a backward"), stack.state.running(forward_pass):
+            # Restore the counts from before the first run, so that a shared module stands for the same layer again.
+            forward_pass.calls = dict(calls)
+            return layer(*args, **kwargs)
+
+    return inside
 
 
 class _Anchor(torch.autograd.Function):

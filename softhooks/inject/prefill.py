@@ -7,8 +7,6 @@ reuse the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +15,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from softhooks.backbone.forward_pass import Pass
-from softhooks.backbone.module_walk import every_module
 from softhooks.backbone.stack import Stack
 from softhooks.inject.capture import capture
-from softhooks.inject.checkpointing import is_checkpointed
+from softhooks.inject.checkpointing import ask_pass_for_checkpointing
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.patching.patches import Patches, patched
-
-_ALONE = "the computation of a prompt"
+from softhooks.patching.patches import patched
 
 
 def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
@@ -38,19 +33,9 @@ def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
     inputs: dict[str, Any] = {"input_ids": placeholder.to(rows.device).expand(variants, length)}
     if stack.positions.takes_position_ids:
         inputs["position_ids"] = torch.arange(length, device=rows.device)[None] + stack.positions.start
-    with _without_checkpointing(stack.module):
-        found, states = capture(stack, inputs, rows, _ALONE)
+    ask_pass_for_checkpointing(stack)
+    found, states = capture(stack, inputs, rows)
     return replace(found["self"], states=states)
-
-
-@contextmanager
-def _without_checkpointing(module: nn.Module) -> Iterator[None]:
-    """Disable activation checkpointing, because the prompt's keys and values must stay in the autograd graph."""
-    with Patches() as patches:
-        for part in every_module(module):
-            if is_checkpointed(part):
-                patches.set(part, "gradient_checkpointing", False)
-        yield
 
 
 class _StatesOnly(BaseModelOutput):
@@ -71,6 +56,7 @@ def logits_of(model: nn.Module, stack: Stack, states: Tensor, placeholder: int) 
         return _StatesOnly(last_hidden_state=states)
 
     ids = torch.full(states.shape[:2], placeholder, device=states.device)
-    with stack.state.running(Pass(stack), _ALONE), patched(stack.module, "forward", forward):
+    alone = stack.state.call("the computation of a prompt's logits", is_exclusive=True)
+    with alone, stack.state.running(Pass(stack)), patched(stack.module, "forward", forward):
         logits: Tensor = model(input_ids=ids, return_dict=True).logits
     return logits

@@ -7,26 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softhooks.backbone.position_table import set_table_positions
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.layout.layout import text_positions
 from softhooks.layout.slot_map import Widened
 
 
-def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: list[Any]) -> None:
-    """Pass position ids to a stack, either in the call or through a hook on its position table.
+def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor) -> Tensor | None:
+    """Pass position ids to a stack in the call; if the stack has a position table, return them for `Pass.table_positions`.
 
     Args:
         call: the arguments of the forward; changed in place if the stack takes `position_ids`.
         ids: the ids, which are `stack.positions.start` for the first token of a sequence, [B or 1, T]; [T] for a table that gives
             all rows the same positions.
-        handles: the list to which the hook's handle is appended.
     """
-    if stack.positions.takes_position_ids:
-        call["position_ids"] = ids
-    elif stack.positions.table is not None:
-        handles.append(set_table_positions(stack.positions.table, ids))
+    if not stack.positions.takes_position_ids:
+        return None if stack.positions.table is None else ids
+    call["position_ids"] = ids
+    return None
 
 
 # --- after a prefix ---------------------------------------------------------------------------------------------------
@@ -43,16 +41,15 @@ def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:
 
 
 def shift_positions(
-    stack: Stack, call: dict[str, Any], shift: int | Tensor, positions: Tensor, mask: Tensor | None, handles: list[Any]
-) -> None:
-    """Pass a stack the positions of the text, increased by the length of a prefix.
+    stack: Stack, call: dict[str, Any], shift: int | Tensor, positions: Tensor, mask: Tensor | None
+) -> Tensor | None:
+    """Pass a stack the positions of the text, increased by the length of a prefix; see `set_position_ids`.
 
     Args:
         call: the arguments of the forward, changed in place.
         shift: the number to add to the positions, an int, or [B, 1] if rows differ.
         positions: the text's positions without a prompt, counted from 0, [B or 1, T], or [A, B, T] for several axes (M-RoPE).
         mask: 1 for real tokens, [B, past + T], or None if all are real.
-        handles: the list to which the hook's handle is appended.
     """
     where = stack.positions
     ids = positions + where.start + (shift.to(positions.device) if isinstance(shift, Tensor) else shift)
@@ -60,10 +57,10 @@ def shift_positions(
         ids = ids.masked_fill(mask[:, -ids.shape[-1] :] == 0, where.padding)
     if not where.takes_position_ids and where.table is not None:
         if mask is None and isinstance(shift, int) and shift == 0:
-            return  # the table's own positions are right
+            return None  # the table's own positions are right
         if not where.table.by_row:
             ids = _common_positions(stack, ids, mask)
-    set_position_ids(stack, call, ids, handles)
+    return set_position_ids(stack, call, ids)
 
 
 def _common_positions(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:

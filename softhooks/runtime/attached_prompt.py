@@ -23,7 +23,7 @@ from softhooks.inject.reuse import ResultCache
 from softhooks.method import Method
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 from softhooks.runtime.added_tokens import ADDED, AddedTokens
-from softhooks.runtime.running import ExclusiveBlock, RunningCalls
+from softhooks.runtime.running import CallBlock, RunningCalls
 
 Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
 
@@ -110,9 +110,9 @@ class AttachedPrompt:
         """Return the prompt's copy of one of the model's heads, or None if it has none."""
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
-    def without_objective(self) -> ExclusiveBlock:
-        """Return a context manager inside which forwards return the model's own loss."""
-        return self.running.exclusive("a forward without the objective", skip_objective=True)
+    def without_objective(self) -> CallBlock:
+        """Return a context manager inside which this thread's forwards return the model's own loss."""
+        return self.running.block("a forward without the objective", skip_objective=True)
 
     @property
     def computed(self) -> int:
@@ -138,7 +138,7 @@ class AttachedPrompt:
         Args:
             variants: the variants of the prompt, such as the tasks of a multitask prompt.
         """
-        with self.running.exclusive("the computation of a prompt"):
+        with self.running.block("the computation of a prompt"):
             found = self._key_values(stack, variants)
         forward = self.running.forward
         if forward is not None:
@@ -174,7 +174,7 @@ class AttachedPrompt:
         memory = self._branches.setdefault(stack.name, ResultCache())
         own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
         base = [tensor for site in self.method.sites(stack, "self") for tensor in every_tensor(site.module)]
-        with self.running.exclusive("the computation of a prompt"):
+        with self.running.block("the computation of a prompt"):
             return memory.get(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
 
     def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:

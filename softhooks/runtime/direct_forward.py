@@ -19,27 +19,26 @@ class DirectForward(MethodWrapper):
         super().__init__(model, "forward")
         self.names: tuple[str, ...] = getattr(self.before, "names", ())
         self.__signature__ = inspect.signature(model.forward)
-        # The id of the thread that has called `model(...)` and has not reached the forward yet.
-        self._called_in: int | None = None
+        # The ids of the threads that have called `model(...)` and have not reached the forward yet.
+        self._called_in: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to copy or pickle."""
-        return self.__dict__ | {"_called_in": None}
+        return self.__dict__ | {"_called_in": set()}
 
     def enter(self, _module: nn.Module, _args: Any) -> None:
         """Record that this thread called `model(...)`; this is the last hook before the forward."""
-        self._called_in = threading.get_ident()
+        self._called_in.add(threading.get_ident())
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """Forget this thread's call, if an error in another hook kept it from reaching the forward."""
-        if self._called_in == threading.get_ident():
-            self._called_in = None
+        self._called_in.discard(threading.get_ident())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, which runs its hooks; if the hooks have already run, call the original forward."""
-        if self._called_in != threading.get_ident():
+        if threading.get_ident() not in self._called_in:
             return self.model(*args, **kwargs)
-        self._called_in = None
+        self._called_in.discard(threading.get_ident())
         return super().__call__(*args, **kwargs)
 
 

@@ -154,21 +154,16 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
     before = shift if own.requests is not None else own.length if own.shifted is not False else 0
     check_text_length(stack, call, before, outer=outer)
     positions: Tensor | None = None
-    handles: list[Any] = []
+    in_table: Tensor | None = None
     if needs_position_ids(stack, shift):
         positions = positions_in_text(stack, call, outer)
-        shift_positions(stack, call, shift, positions, padding_mask(call, outer), handles)
+        in_table = shift_positions(stack, call, shift, positions, padding_mask(call, outer))
     opened: PrefixPass
-    try:
-        if stack.injection == "cache":
-            opened = CachePass(stack, own, call, text_shape(call))
-        else:
-            opened = PrefixPass(stack, prefixes, order_in_text(positions, call, outer), stack.module.training)
-    except BaseException:
-        for handle in handles:
-            handle.remove()
-        raise
-    opened.handles += handles
+    if stack.injection == "cache":
+        opened = CachePass(stack, own, call, text_shape(call))
+    else:
+        opened = PrefixPass(stack, prefixes, order_in_text(positions, call, outer), stack.module.training)
+    opened.table_positions = in_table
     return opened
 
 
@@ -204,11 +199,7 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
         # Padding keeps the position ids that it has without a prompt.
         own = torch.arange(columns, device=mask.device) + past_of(call)
         positions = torch.where(mask[:, -columns:] == 0, own, positions)
-    try:
-        shift_positions(stack, call, 0, positions, mask, branch.handles)
-    except BaseException:
-        branch.close()
-        raise
+    branch.table_positions = shift_positions(stack, call, 0, positions, mask)
     return branch
 
 

@@ -1,4 +1,8 @@
-"""Keep other threads from running a model while a prompt is being attached and only some hooks are installed."""
+"""Keep other threads from running a model while a prompt is being attached and only some hooks are installed.
+
+If the model already has a prompt, other threads wait, and `attach` waits for them. Otherwise there is nothing in the model that
+could make them wait, so they get an error.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
+from softhooks.errors import UnsupportedModeError
 from softhooks.patching.patches import Patches
 from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.runtime.running import refusal
+from softhooks.runtime.running_call import thread_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,7 +28,7 @@ WHAT = "`attach` or `load`"
 def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
     """Keep other threads from running a model while the decorated function, whose first argument is the model, changes it.
 
-    The decorated function raises UnsupportedModeError if another thread is already running the model.
+    The decorated function raises UnsupportedModeError if the model has no prompt and another thread is running it.
     """
 
     @wraps(change)
@@ -47,7 +52,7 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
 def _refuse_others(ident: int, _module: nn.Module, _args: Any) -> None:
     """Refuse a forward in a thread other than `ident`, the thread that attaches."""
     if threading.get_ident() != ident:
-        raise refusal(WHAT, ident)
+        raise _refusal("is attaching the first prompt of", ident)
 
 
 def _entries(model: nn.Module) -> Iterator[nn.Module]:
@@ -66,4 +71,12 @@ def _require_idle(model: nn.Module) -> None:
             continue
         for one, _ in walk_stack(frame):
             if one.f_code.co_name == "_call_impl" and id(one.f_locals.get("self")) in modules:
-                raise refusal("a forward without a prompt", ident)
+                raise _refusal("is running", ident)
+
+
+def _refusal(found: str, ident: int) -> UnsupportedModeError:
+    return UnsupportedModeError(
+        f"another thread ({thread_name(ident)}) {found} the model; other threads must not run a model while its first prompt is "
+        "being attached.",
+        "Attach the first prompt before you start the threads. Later ones may be attached while other threads run the model.",
+    )

@@ -38,11 +38,18 @@ class Generate(PromptedMethod):
         return inspect.signature(self.original())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate, computing each prompt only once. Meanwhile, no other thread may run the model."""
-        held, block = self.prompted.running.exclusive("`generate`"), Block(self.prompted.model, generates=True)
-        with held, block, new_scope(self.prompted.model):
-            self.prompted.refuse_unused(kwargs)
+        """Generate with the prompts that are selected now, computing each prompt only once."""
+        prompted = self.prompted
+        call = prompted.running.exclusive("`generate`", lambda: self._changes_model)
+        with call, Block(prompted.model, generates=True), new_scope(prompted.model):
+            prompted.refuse_unused(kwargs)
             return self.original()(*args, **kwargs)
+
+    @property
+    def _changes_model(self) -> bool:
+        """Whether the forwards change the model. Those with an objective do not, because `generate` computes no gradients."""
+        prompted = self.prompted
+        return prompted.structure.changes_modules or (prompted.freeze_dropout and prompted.needs_model_alone)
 
 
 class ExpandInputs(PromptedMethod):

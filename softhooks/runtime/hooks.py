@@ -26,7 +26,7 @@ from softhooks.objectives.base import Finish
 from softhooks.runtime.arguments import choices_of, for_each_choice, take
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.prompted_model import PromptedModel
-from softhooks.runtime.running import Call, module_call
+from softhooks.runtime.running_call import Call, module_call
 from softhooks.runtime.stack_forward import begin_stack_forward
 from softhooks.runtime.untrained_loss import mark_frozen, refuse_backward
 from softhooks.runtime.unused_parameters import require_unused_search
@@ -45,7 +45,8 @@ class ModelHooks:
         prompted = self.prompted
         if _is_own_call(prompted):
             return None
-        call = prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call(), is_model=True)
+        what, alone = f"the forward of {type(module).__name__}", lambda: prompted.needs_model_alone
+        call = prompted.running.begin(self, what, module_call(), is_model=True, is_exclusive=alone)
         if call.outer is None and choice_of(prompted.model).only is None:
             prompted.show_labels()
         call.is_on = prompted.is_on
@@ -153,7 +154,8 @@ class StackHooks:
         if own is not None and not own.has_begun:
             own.has_begun = True
             return None  # softhooks is running the stack on the virtual tokens alone
-        begun = self.prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call())
+        what, alone = f"the forward of {type(module).__name__}", lambda: self.prompted.needs_model_alone
+        begun = self.prompted.running.begin(self, what, module_call(), is_exclusive=alone)
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
         begun.opened = begin_stack_forward(self.prompted, self.stack, call)
         self._make_current(begun, UnchangedPass(self.stack) if begun.opened is None else begun.opened)
@@ -180,6 +182,7 @@ class StackHooks:
             layers = UnchangedPass(stack)  # checkpointed layers run again in the backward, and need this pass
             begun.cleanups.append(layers.close)
             layers.follow_checkpointing()
+            live.layers_pass = layers
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:

@@ -6,8 +6,10 @@ from torch import nn
 
 from softhooks.backbone.attention_interface import mark_sites, modeling_files
 from softhooks.backbone.container import CONTAINER, Container
+from softhooks.backbone.position_table import PositionedForward
 from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
+from softhooks.inject.prefix.cache_pass import hook_masks
 from softhooks.runtime.added_token_hooks import AddedTokenHooks
 from softhooks.runtime.arguments import SignedForward
 from softhooks.runtime.continuous_batching import GenerateBatch, StartContinuousBatching
@@ -37,6 +39,12 @@ def install(prompted: PromptedModel) -> None:
     # If the model itself is the stack, the model's hook must run after the stack's hook.
     keep(model.register_forward_hook(outermost.leave, with_kwargs=True, always_call=True))
     mark_sites(stacks, prompted.patches)
+    for stack in stacks:
+        table = stack.positions.table
+        if table is not None:
+            prompted.patches.set(table.module, "forward", PositionedForward(stack, table))
+        for handle in hook_masks(stack):
+            keep(handle)
     StartContinuousBatching.replace(prompted, "init_continuous_batching")
     GenerateBatch.replace(prompted, "generate_batch")
     Generate.replace(prompted, "generate")

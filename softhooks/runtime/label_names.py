@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ from torch import nn
 from softhooks.compat.peft import unwrapped
 from softhooks.formats.labels import Labels
 from softhooks.runtime.attached_prompt import AttachedPrompt
+
+_LOCK = threading.Lock()
+"""Held while label names are written to a config; a lock of each model could not be copied with it."""
 
 
 class LabelNames:
@@ -59,8 +63,12 @@ class LabelNames:
         name = prompt.name if prompt is not None and len(prompt.heads) else None
         if name == self._shown:
             return
+        with _LOCK:
+            self._show(name, prompt)
+
+    def _show(self, name: str | None, prompt: AttachedPrompt | None) -> None:
         config = self._config
-        if config is None:
+        if config is None or name == self._shown:
             return
         now, before = Labels.of(config), self._prompts.get(self._shown or "")
         if before is not None:

@@ -68,7 +68,7 @@ class PromptedModel:
         self.structure = structure
         self.prompts: dict[str, AttachedPrompt] = {}
         self.labels = LabelNames(model, self.prompts)
-        self.running = RunningCalls()
+        self.running = RunningCalls()  # also knows the active prompt
         self.recompute_check = RecomputeCheck()
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
@@ -83,7 +83,6 @@ class PromptedModel:
         self.embedding_hooks: list[RemovableHandle] = []
         self.has_added_tokens = False
         self.files: frozenset[str] = frozenset()
-        self._active: str | None = None
         self.expected_modules = {stack.name: ExpectedModules(modules_entered(stack)) for stack in structure.stacks}
         self.expected_heads = ExpectedModules()
 
@@ -115,13 +114,16 @@ class PromptedModel:
 
     @property
     def active(self) -> str | None:
-        """The name of the active prompt outside of `softhooks.rows`. Setting it updates the label names in the model's config."""
+        """The name of the active prompt outside of `softhooks.rows`. Setting it updates the label names in the model's config.
+
+        A forward that is running in another thread keeps the prompt with which it began.
+        """
         only = choice_of(self.model).only
-        return self._active if only is None else only
+        return self.running.active_here if only is None else only
 
     @active.setter
     def active(self, name: str | None) -> None:
-        self._active = name
+        self.running.activate(name)
         self.show_labels()
 
     @property
@@ -144,7 +146,11 @@ class PromptedModel:
     def is_on(self) -> bool:
         """Whether prompts are on. True in `softhooks.rows` even if no row has a prompt."""
         rows, off, only, _ = choice_of(self.model)
-        return not off and bool(self.prompts) and (rows is not None or only is not None or self._active is not None)
+        return (
+            not off
+            and bool(self.prompts)
+            and (rows is not None or only is not None or self.running.active_here is not None)
+        )
 
     @property
     def is_in_use(self) -> bool:
@@ -154,7 +160,7 @@ class PromptedModel:
             return False
         if rows is not None:
             return any(name is not None for name in rows)
-        return only is not None or self._active is not None
+        return only is not None or self.running.active_here is not None
 
     def select(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
         """Select the prompt of each row of a batch.
@@ -189,9 +195,33 @@ class PromptedModel:
         rows = self.rows
         return [self.active] if rows is None else rows
 
+    @property
+    def needs_model_alone(self) -> bool:
+        """Whether the coming forward changes the model while it runs.
+
+        Some models store state in their modules. A training forward changes the mode of the modules if dropout is disabled, or
+        if there is an objective, which may have a teacher.
+        """
+        if self.structure.changes_modules:
+            return True
+        training = self.model.training or any(stack.module.training for stack in self.structure.stacks)
+        if not training or not self.is_in_use:
+            return False
+        if self.freeze_dropout:
+            return True
+        return torch.is_grad_enabled() and any(
+            prompt.objective is not None and prompt.takes_gradients for prompt in self.active_prompts()
+        )
+
     def show_labels(self) -> None:
-        """Write the active prompt's label names into the model's config, or the model's own if no prompt is active."""
-        self.labels.show(None if self.disabled else self.active)
+        """Write the active prompt's label names into the model's config, or the model's own if no prompt is active.
+
+        While another thread runs the model, the block `disabled` of this thread has no effect on the config.
+        """
+        name = None if self.disabled else self.active
+        if name != self.running.active and self.running.runs_elsewhere():
+            name = self.running.active
+        self.labels.show(name)
 
     def active_prompts(self) -> list[AttachedPrompt]:
         """Return the active prompts, without duplicates."""

@@ -21,7 +21,7 @@ from softhooks.inject.text_positions import OuterCall
 from softhooks.runtime.arguments import take
 from softhooks.runtime.dispatch import open_pass
 from softhooks.runtime.prompted_model import PromptedModel
-from softhooks.runtime.running import Call
+from softhooks.runtime.running_call import Call
 from softhooks.runtime.selection import Selection
 from softhooks.runtime.servable import require_servable
 from softhooks.runtime.with_blocks import lengths_of

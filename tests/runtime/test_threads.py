@@ -1,274 +1,93 @@
-"""Two threads on one model with a prompt: the second one is refused, whatever it calls, and the first is right."""
+"""Threads that run forwards and generations on one model with prompts at once: each result is that of a single thread."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import pickle
+import asyncio
+import contextvars
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 import zoo
 from paused import Paused, answer
-from table import BY_NAME
+from thread_cases import CASES, Crowd, attach, build, model_of
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from untouched import remove_all, untouched
 
 import softhooks
-from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, UnsupportedModeError
-from softhooks.inject.prefill import logits_of
+from softhooks import PrefixTuning, PromptNotReachedError, PromptTuning
 from softhooks.runtime.direct_forward import route_direct_calls
 from softhooks.runtime.prompted_model import require_prompted_model
-from softhooks.runtime.running import RunningCalls
 
-REFUSAL = r"^another thread (.+) is running (.+)one forward at a time(.|\n)*under a lock"
 NEW = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": zoo.PAD}
+THREADS, ROUNDS = 16, 4
+Context = Callable[[], AbstractContextManager[Any]]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_attached() -> Iterator[None]:
+def _threads_switch_often() -> Iterator[None]:
     remove_all()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     yield
+    sys.setswitchinterval(interval)
     remove_all()
 
 
-def refused(result: Any) -> bool:
-    return isinstance(result, UnsupportedModeError) and "one forward at a time" in str(result)
-
-
-def cases() -> dict[str, tuple[str, str, Any, dict[str, Any], dict[str, Any]]]:
-    """For each injection: a model, a method, and two calls that differ in their columns and text."""
-    images = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(3)) * 5
-    first, second = zoo.text(1, 6, seed=1), zoo.text(1, 6, seed=2)
-    ids = [{"input_ids": one} for one in (first, second)]
-    pairs = [{"input_ids": one, "decoder_input_ids": other} for one, other in ((first, second), (second, first))]
-    padded = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    return {
-        "shared": ("llama", "causal", PromptTuning(6), *ids),
-        "shared, padded": ("gpt2", "causal", PromptTuning(6), ids[0], {**ids[1], "attention_mask": padded}),
-        "slots": ("llama", "causal", PromptTuning(3, placement="after_first"), *ids),
-        "prefix": ("qwen3", "causal", PrefixTuning(4), *ids),
-        "cache": ("gptj", "causal", PrefixTuning(4), *ids),
-        "written out": ("deberta", "sequence", PrefixTuning(4), *ids),
-        "head": ("bert", "sequence", PromptTuning(4), *ids),
-        "context": (
-            "llama", "causal", LlamaAdapter(3, context_size=5),
-            *({**one, "prompt_context": image} for one, image in zip(ids, images, strict=True)),
-        ),
-        "tasks": (
-            "llama", "causal", BY_NAME["mpt-tasks"].make(3),
-            *({**one, "task_ids": torch.tensor([task])} for task, one in enumerate(ids)),
-        ),
-        "encoder-decoder": ("t5", "seq2seq", PromptTuning(4), *pairs),
-        "prefixes of an encoder-decoder": ("bart", "seq2seq", PrefixTuning(4), *pairs),
-        "the stack itself": ("llama", "base", PromptTuning(6), *ids),
-    }  # fmt: skip
-
-
-CASES = cases()
-
-
-def build(way: str) -> tuple[Any, softhooks.SoftPrompt, list[Callable[[], Tensor]]]:
-    arch, head, method, *calls = CASES[way]
-    model = zoo.build(arch, "causal").base_model if head == "base" else zoo.build(arch, head)
-    prompt = softhooks.attach(model, method)
-    with torch.no_grad():
-        for parameter in prompt.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model, prompt, [lambda call=call: zoo.main_output(model(**call)) for call in calls]
-
-
-def fresh(prompt: softhooks.SoftPrompt) -> None:
-    """Make the next forward compute the prompt again, as the first one after `load` does."""
-    with torch.no_grad():
-        for parameter in prompt.encoder.parameters():
-            parameter.mul_(1.0)
+# --- two forwards -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", CASES)
 def test_a_forward_while_another_one_stands_anywhere(way: str) -> None:
     """Stop before and after every module of the model: in the prompt's own run, between two hooks, in the head."""
     model, prompt, calls = build(way)
+    bare_context = lambda: softhooks.disabled(model)  # noqa: E731
+    with bare_context():
+        bare = answer(calls[1]) if "prompt_context" not in CASES[way][4] and "task_ids" not in CASES[way][4] else None
     expected = [answer(call) for call in calls]
     assert not torch.equal(*expected)
     overlaps = 0
-    for module in list(model.modules()):
-        for before in (True, False) if any(module.children()) or not overlaps % 3 else (True,):
-            fresh(prompt)
-            with Paused(calls[0], module, before) as first:
-                second = answer(calls[1])
-            overlaps += first.reached
-            own_rows = way == "the stack itself"  # they are a call of the model, too
-            is_over = not first.reached or (module is model and not before and not own_rows)
-            assert torch.equal(first.result, expected[0]), first.result
-            assert torch.equal(second, expected[1]) if is_over else refused(second), (type(module), before, second)
-            if not is_over:
-                assert torch.equal(answer(calls[1]), expected[1])
-    assert overlaps > 20
+    for number, module in enumerate(list(model.modules())):
+        with Paused(calls[0], module, before=bool(number % 2)) as first:
+            second = answer(calls[1])
+            if bare is not None:
+                with bare_context():
+                    assert torch.equal(answer(calls[1]), bare)
+        overlaps += first.reached
+        assert torch.equal(first.result, expected[0]), (type(module), first.result)
+        assert torch.equal(second, expected[1]), (type(module), second)
+    assert overlaps > 10
+    prompt.remove()
 
 
-WAYS_IN: dict[str, Callable[[Any, softhooks.SoftPrompt, Path], Any]] = {
-    "forward": lambda model, prompt, folder: model(zoo.text(1, 5)),
-    "the stack": lambda model, prompt, folder: model.model(zoo.text(1, 5)),
-    "generate": lambda model, prompt, folder: model.generate(zoo.text(1, 5), **NEW),
-    "keys and values": lambda model, prompt, folder: prompt.key_values(prompt.prompted_model.structure.entry),
-    "logits of states": lambda model, prompt, folder: logits_of(
-        model, prompt.prompted_model.structure.entry, torch.randn(1, 2, 32), 5
-    ),
-    "attach": lambda model, prompt, folder: softhooks.attach(model, PrefixTuning(3), "more"),
-    "load": lambda model, prompt, folder: softhooks.load(model, folder, name="more"),
-    "remove": lambda model, prompt, folder: prompt.remove(),
-    "fold": lambda model, prompt, folder: prompt.fold(),
-    "activate": lambda model, prompt, folder: softhooks.activate(model, "default"),
-    "an ensemble": lambda model, prompt, folder: softhooks.PromptEnsemble(model, ["default"])(input_ids=zoo.text(1, 5)),
-}
-
-
-def _within(context: Callable[[Any], Any]) -> Callable[[Any, softhooks.SoftPrompt, Path], Any]:
-    def ask(model: Any, _prompt: softhooks.SoftPrompt, _folder: Path) -> Any:
-        with context(model):
-            return model(zoo.text(1, 5))
-
-    return ask
-
-
-WAYS_IN |= {
-    "a bare forward": _within(softhooks.disabled),
-    "rows": _within(lambda model: softhooks.rows(model, ["default"])),
-    "rows without a prompt": _within(lambda model: softhooks.rows(model, [None])),
-}
-
-
-@pytest.mark.parametrize("asked", WAYS_IN)
-def test_whatever_another_thread_asks_meanwhile(asked: str, tmp_path: Path) -> None:
+def test_a_layer_that_another_thread_calls_past_the_hooks() -> None:
+    """The prompt that the first thread is using does not enter it, and it is refused as it is without other threads."""
     model, ids = zoo.build("llama"), zoo.text(1, 6)
-    prompt = softhooks.attach(model, PromptTuning(5))
-    prompt.save_pretrained(tmp_path)
-    expected = answer(lambda: model(ids).logits)
-    for module in (model.model.layers[1], model.lm_head):
-        fresh(prompt)
-        with Paused(lambda: model(ids).logits, module) as first:
-            found = answer(lambda: WAYS_IN[asked](model, prompt, tmp_path))
-            assert refused(found), found
-            assert prompt.verify_frozen().tensors
-            prompt.save_pretrained(tmp_path)
-        assert torch.equal(first.result, expected)
-        assert list(prompt.prompted_model.prompts) == ["default"]
-        assert prompt.is_attached
-    assert torch.equal(answer(lambda: model(ids).logits), expected)
-    found = answer(lambda: WAYS_IN[asked](model, prompt, tmp_path))  # nothing is in the way any more
-    assert not isinstance(found, Exception), found
+    softhooks.attach(model, PrefixTuning(3))
+    states = torch.zeros(1, 6, 32)
+    angles = model.model.rotary_emb(states, torch.arange(6)[None])
+    with Paused(lambda: model(ids).logits, model.model.layers[0]) as first:
+        assert isinstance(
+            answer(lambda: model.model.layers[1](states, position_embeddings=angles)), PromptNotReachedError
+        )
+    assert torch.equal(first.result, answer(lambda: model(ids).logits))
 
 
-@pytest.mark.parametrize("first", ["forward", "bare", "stack", "keys and values"])
-def test_a_forward_while_another_thread_is_in(first: str) -> None:
-    model, ids = zoo.build("llama"), zoo.text(1, 6)
-    prompt = softhooks.attach(model, PromptTuning(5))
-
-    def bare() -> Tensor:
-        with softhooks.disabled(model):
-            return model(ids).logits
-
-    calls: dict[str, Callable[[], Any]] = {
-        "forward": lambda: model(ids).logits,
-        "bare": bare,
-        "stack": lambda: model.model(ids)[0],
-        "keys and values": lambda: prompt.key_values(prompt.prompted_model.structure.entry)["self"].states,
-    }
-    expected = {name: answer(call) for name, call in calls.items()}
-    fresh(prompt)
-    with Paused(calls[first], model.model.layers[0]) as running:
-        assert running.reached
-        for other in calls.values():
-            assert refused(answer(other))
-    assert torch.equal(running.result, expected[first])
-    for name, call in calls.items():
-        assert torch.equal(answer(call), expected[name])
-
-
-@pytest.mark.parametrize("way", ["t5", "bart"])
-def test_an_encoder_that_generate_calls_by_itself(way: str) -> None:
-    model, ids, other = zoo.build(way, "seq2seq"), zoo.text(2, 6), zoo.text(1, 5, seed=4)
-    softhooks.attach(model, PromptTuning(4))
-    expected = model.generate(ids, num_beams=2, **NEW)
-    encoded = answer(lambda: model.get_encoder()(other)[0])
-    decoder = model.get_decoder()
-    for module in (model.get_encoder(), decoder):
-        with Paused(lambda: model.generate(ids, num_beams=2, **NEW), module) as first:
-            assert first.reached
-            assert refused(answer(lambda: model.get_encoder()(other)))
-            assert refused(answer(lambda: model(input_ids=other, decoder_input_ids=other)))
-            assert refused(answer(lambda: model.generate(other, **NEW)))
-        assert torch.equal(first.result, expected)
-        assert torch.equal(answer(lambda: model.get_encoder()(other)[0]), encoded)
-
-
-def test_generate_keeps_the_model_between_its_forwards() -> None:
-    """No text is lost midway: the second call is refused at its start."""
-    model, ids = zoo.build("llama"), zoo.text(2, 6)
-    for name in ("a", "b"):
-        softhooks.attach(model, PromptTuning(3), name)
-
-    def generate() -> Tensor:
-        with softhooks.rows(model, ["a", "b"]):
-            return model.generate(ids, num_beams=3, logits_processor=[process], **NEW)
-
-    def process(_ids: Tensor, scores: Tensor) -> Tensor:
-        first.stop()
-        return scores
-
-    first = Paused(generate)
-    first.reached = True
-    expected = generate()
-    first.reached = False
+def test_direct_calls_of_a_models_forward() -> None:
+    model, calls = zoo.build("llama"), [zoo.text(1, 6), zoo.text(1, 6, seed=3)]
+    softhooks.attach(model, PromptTuning(3))
+    route_direct_calls(require_prompted_model(model))
+    expected = [answer(lambda ids=ids: model.forward(ids).logits) for ids in calls]
+    model.register_forward_pre_hook(lambda *_: first.stop())
+    first = Paused(lambda: model.forward(calls[0]).logits)
     with first:
-        assert first.reached
-        for other in (
-            lambda: model(ids), lambda: model.generate(ids, **NEW), lambda: softhooks.activate(model, "a"),
-            lambda: softhooks.attach(model, PromptTuning(2), "c"), model.soft_prompt.prompted_model.prompts["a"].remove,
-        ):  # fmt: skip
-            assert refused(answer(other))
-    assert torch.equal(first.result, expected)
-
-
-@pytest.mark.parametrize("entry", ["cartridge-distilled", "mpt-taught"])
-def test_a_forward_while_an_objective_runs_the_model_a_second_time(entry: str) -> None:
-    model, ids = zoo.build("llama").train(), zoo.text(2, 6)
-    more = BY_NAME[entry].extra(range(2))
-    prompt = BY_NAME[entry].attach(model, 4)
-    runs = [0]
-
-    def train() -> Tensor:
-        runs[0] = 0
-        with torch.enable_grad():
-            loss = model(ids, labels=ids, **more).loss
-            loss.backward()
-        return torch.cat([p.grad.flatten() for p in prompt.parameters() if p.grad is not None])
-
-    def count(*_call: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            runs[0] += 1
-            first.stop()
-
-    def again() -> None:
-        for parameter in prompt.parameters():
-            parameter.grad = None
-
-    expected = train()
-    again()
-    first = Paused(train)
-    handle = model.model.register_forward_hook(count)
-    with first:
-        assert first.reached
-        assert refused(answer(lambda: model(ids, **more)))
-    handle.remove()
-    assert runs[0] > 1
-    assert torch.equal(first.result, expected)
+        assert torch.equal(answer(lambda: model.forward(calls[1]).logits), expected[1])
+    assert torch.equal(first.result, expected[0])
 
 
 def test_the_embedding_alone_is_the_models_own_meanwhile() -> None:
@@ -280,201 +99,6 @@ def test_the_embedding_alone_is_the_models_own_meanwhile() -> None:
         wide = zoo.text(1, 9)  # as wide as the other's text with its slots
         assert torch.equal(model.get_input_embeddings()(wide), model.get_input_embeddings().weight[wide])
     assert torch.equal(first.result, answer(lambda: model(ids).logits))
-
-
-def test_a_layer_that_another_thread_calls_past_the_hooks() -> None:
-    model, ids = zoo.build("llama"), zoo.text(1, 6)
-    softhooks.attach(model, PrefixTuning(3))
-    with Paused(lambda: model(ids).logits, model.model.layers[0]) as first:
-        assert refused(answer(lambda: model.forward(ids)))
-    assert torch.equal(first.result, answer(lambda: model(ids).logits))
-
-
-def test_direct_calls_of_a_models_forward() -> None:
-    model, ids, other = zoo.build("llama"), zoo.text(1, 6), zoo.text(1, 6, seed=3)
-    softhooks.attach(model, PromptTuning(3))
-    route_direct_calls(require_prompted_model(model))
-    expected = answer(lambda: model.forward(ids).logits)
-    model.register_forward_pre_hook(lambda *_: first.stop())
-    first = Paused(lambda: model.forward(ids).logits)
-    with first:
-        assert refused(answer(lambda: model.forward(other)))
-    assert torch.equal(first.result, expected)
-
-
-# --- attaching --------------------------------------------------------------------------------------------------------
-
-
-def test_attaching_while_another_thread_runs_the_bare_model() -> None:
-    model, ids = zoo.build("llama"), zoo.text(1, 6)
-    expected = answer(lambda: model(ids).logits)
-    with Paused(lambda: model(ids).logits, model.model.layers[0]) as first:
-        with untouched(model), pytest.raises(UnsupportedModeError, match=REFUSAL):
-            softhooks.attach(model, PromptTuning(3))
-        with untouched(model), pytest.raises(UnsupportedModeError, match=REFUSAL):
-            softhooks.attach(model, PromptTuning(3))
-    assert torch.equal(first.result, expected)
-    softhooks.attach(model, PromptTuning(3)).remove()
-
-
-@pytest.mark.parametrize("attached", [0, 1])
-def test_a_forward_while_another_thread_attaches(attached: int) -> None:
-    model, ids = zoo.build("llama"), zoo.text(1, 6)
-    for _ in range(attached):
-        softhooks.attach(model, PromptTuning(3))
-    expected = answer(lambda: model(ids).logits)
-    attach = lambda: softhooks.attach(model, PrefixTuning(3), "more")  # noqa: E731
-    for module in (model, model.model, model.model.layers[1]):
-        with Paused(attach, module) as first:
-            assert first.reached
-            for asked in (model, model.model):
-                assert refused(answer(lambda asked=asked: asked(ids)))
-            assert refused(answer(lambda: softhooks.attach(model, PrefixTuning(3), "other")))
-        assert list(require_prompted_model(model).prompts)[attached:] == ["more"]
-        first.result.remove()
-        assert torch.equal(answer(lambda: model(ids).logits), expected)
-
-
-# --- forwards that have died ------------------------------------------------------------------------------------------
-
-
-class Stop(BaseException):
-    """An exception after which torch runs no hooks."""
-
-
-@pytest.mark.parametrize("ends", [True, False], ids=["the thread has ended", "the thread lives on"])
-@pytest.mark.parametrize("way", ["shared", "slots", "prefix", "cache", "context", "encoder-decoder"])
-def test_a_forward_that_died_in_another_thread(way: str, ends: bool) -> None:
-    model, prompt, calls = build(way)
-    expected = [answer(call) for call in calls]
-    for module in list(model.modules())[:12]:
-        fresh(prompt)
-        died, goes_on = threading.Event(), threading.Event()
-
-        def die(*_call: Any) -> None:
-            if threading.current_thread() is not threading.main_thread():
-                raise Stop
-
-        def run(died: threading.Event = died, goes_on: threading.Event = goes_on) -> None:
-            with contextlib.suppress(Stop):
-                calls[0]()
-            died.set()
-            if not ends:
-                goes_on.wait(60)
-
-        handle = module.register_forward_pre_hook(die)
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert died.wait(60)
-        if ends:
-            thread.join()
-        for call, right in zip(calls, expected, strict=True):
-            assert torch.equal(answer(call), right)
-        handle.remove()
-        goes_on.set()
-        thread.join()
-
-
-@pytest.mark.parametrize("way", ["shared", "slots", "prefix", "context", "the stack itself"])
-def test_a_stack_called_by_itself_after_a_forward_that_died(way: str) -> None:
-    """The arguments of the dead forward are not reused."""
-    model, _, calls = build(way)
-    expected = answer(calls[1])
-
-    def die(*_call: Any) -> None:
-        raise Stop
-
-    stack = model if way == "the stack itself" else model.model
-    states = answer(lambda: stack(zoo.text(1, 4))[0])
-    for module in (stack, stack.layers[0]):
-        handle = module.register_forward_pre_hook(die)
-        with pytest.raises(Stop):
-            calls[0]()
-        handle.remove()
-        assert torch.equal(answer(lambda: stack(zoo.text(1, 4))[0]), states)
-        assert torch.equal(answer(calls[1]), expected)
-
-
-def test_an_error_before_our_hooks_ends_nobody_elses_forward() -> None:
-    """Another hook raises before ours: torch still calls our last hook, inside another forward of the thread."""
-    model, ids = zoo.build("llama"), zoo.text(1, 6)
-
-    def fail(*_call: Any) -> None:
-        if fails[0]:
-            raise KeyError
-
-    fails, model.fail = [False], fail
-    model.register_forward_pre_hook(fail)
-    model.model.register_forward_pre_hook(fail)
-    softhooks.attach(model, PromptTuning(3))
-    expected = answer(lambda: model(ids).logits)
-
-    def nested(*_call: Any) -> None:
-        fails[0] = True
-        for asked in (model, model.model):
-            with pytest.raises(KeyError):
-                asked(ids)
-        fails[0] = False
-
-    for module in (model.model.layers[0], model.lm_head):
-        handle = module.register_forward_hook(nested)
-        assert torch.equal(answer(lambda: model(ids).logits), expected)
-        handle.remove()
-
-
-# --- one thread -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", CASES)
-def test_a_forward_inside_another_one_of_the_same_thread(way: str) -> None:
-    """From a hook anywhere in the model, also while the prompt itself is computed."""
-    model, prompt, calls = build(way)
-    expected = [answer(call) for call in calls]
-    with softhooks.disabled(model):
-        bare = answer(calls[1])
-    inside: list[Any] = []
-
-    def nested(*_call: Any) -> None:
-        if not busy[0]:
-            busy[0] = True
-            inside.append(answer(calls[1]))
-            with softhooks.disabled(model):
-                inside.append(answer(calls[1]))
-            busy[0] = False
-
-    busy = [False]
-    for module in list(model.modules()):
-        fresh(prompt)
-        handle = module.register_forward_hook(nested)
-        found = answer(calls[0])
-        assert torch.equal(found, expected[0]), (type(module), found)
-        handle.remove()
-    assert len(inside) > 10
-    assert all(
-        torch.equal(found, right) for found, right in zip(inside, [expected[1], bare] * len(inside), strict=False)
-    )
-
-
-def test_generate_inside_a_hook() -> None:
-    model, ids = zoo.build("llama"), zoo.text(2, 6)
-    for name in ("a", "b"):
-        softhooks.attach(model, PromptTuning(3), name)
-    with softhooks.rows(model, ["a", "b"]):
-        logits = answer(lambda: model(ids).logits)
-        texts = model.generate(ids, num_beams=2, **NEW)
-        found: list[Tensor] = []
-
-        def nested(*_call: Any) -> None:
-            handle.remove()
-            found.append(model.generate(ids, num_beams=2, **NEW))
-
-        for module in (model.model.layers[0], model.lm_head):
-            handle = module.register_forward_hook(nested)
-            assert torch.equal(answer(lambda: model(ids).logits), logits)
-            handle = module.register_forward_hook(nested)
-            assert torch.equal(model.generate(ids, num_beams=2, **NEW), texts)
-    assert len(found) == 4
-    assert all(torch.equal(one, texts) for one in found)
 
 
 @pytest.mark.parametrize("way", ["shared", "context"])
@@ -494,130 +118,184 @@ def test_a_compiled_model(way: str) -> None:
     running = Paused(lambda: compiled(**first).logits)
     with running:
         assert running.reached
-        assert refused(answer(lambda: compiled(**second)))
-        assert refused(answer(lambda: model(**second)))
+        torch.testing.assert_close(answer(lambda: compiled(**second).logits), expected[1])
+        torch.testing.assert_close(answer(lambda: model(**second).logits), expected[1])
     torch.testing.assert_close(running.result, expected[0])
     torch.testing.assert_close(answer(lambda: compiled(**second).logits), expected[1])
-    assert prompt.prompted_model.running._innermost is None
+    assert prompt.prompted_model.running.call is None
     torch._dynamo.reset()
 
 
-# --- backward ---------------------------------------------------------------------------------------------------------
+# --- many requests ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("way", ["shared", "slots", "prefix", "context"])
-def test_layers_that_run_again_in_another_thread(way: str, reentrant: bool) -> None:
-    """The backward runs them, in whatever thread it is called, with another prompt on."""
-    model, prompt, calls = build(way)
-    softhooks.attach(model, PrefixTuning(7), "other")
-    softhooks.activate(model, "default")
-    parameters = list(prompt.encoder.parameters())
+def requests_of(model: Any, way: str) -> list[Callable[[], Tensor]]:
+    """Sixty-four calls that differ in their prompts, rows, columns, texts and gradients."""
+    *_, call, other = CASES[way]
+    columns = {key: torch.cat([call[key], other[key]]) for key in ("task_ids", "prompt_context") if key in call}
+    contexts: list[Context] = [
+        lambda: softhooks.rows(model, ["a", "b"]), nullcontext, lambda: softhooks.rows(model, ["b", "b"]),
+        lambda: softhooks.rows(model, [None, "a"]), lambda: softhooks.rows(model, ["b", "a"]),
+    ]  # fmt: skip
 
-    def gradients() -> list[Tensor]:
-        return [p.grad.clone() for p in parameters]
+    def request(number: int) -> Tensor:
+        ids, shorter = zoo.text(2, 4 + number % 4, seed=number), number % 3 == 0
+        mask = torch.ones_like(ids)
+        mask[1, -1] = 0 if shorter else 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs |= {key: value.flip(0) if number % 2 else value for key, value in columns.items()}
+        inputs |= {"decoder_input_ids": ids.flip(1)} if "decoder_input_ids" in call else {}
+        # The context is entered around the whole request, as in a server.
+        with contexts[number % len(contexts)](), torch.set_grad_enabled(number % 4 == 1):
+            return zoo.main_output(model(**inputs)).detach()
 
-    model.train()
-    calls[0]().square().sum().backward()
-    expected = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    for parameter in parameters:
-        parameter.grad = None
-    model.zero_grad()
-    loss = calls[0]().square().sum()
-    softhooks.activate(model, "other")
-    thread = threading.Thread(target=loss.backward)
-    thread.start()
-    thread.join()
-    for ours, right in zip(gradients(), expected, strict=True):
-        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    return [lambda number=number: request(number) for number in range(THREADS * ROUNDS)]
 
 
-def test_a_backward_that_runs_layers_again_while_another_thread_is_in_a_forward() -> None:
-    model, prompt, calls = build("prefix")
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    expected = answer(calls[1])
-    loss = calls[0]().square().sum()
-    with Paused(calls[1], model.model.layers[0]) as first, pytest.raises(UnsupportedModeError, match=REFUSAL):
-        loss.backward(retain_graph=True)
-    assert torch.equal(first.result, expected)
-    calls[0]().square().sum().backward()
-    assert all(p.grad is not None for p in prompt.encoder.parameters())
+@pytest.mark.parametrize("way", CASES)
+def test_sixty_four_requests_of_sixteen_threads(way: str) -> None:
+    model = model_of(way)
+    for name in ("b", "a"):
+        attach(model, way, name)
+    requests = requests_of(model, way)
+    expected = [request() for request in requests]
+    # A module that each request calls once or more, after the hooks have begun its forward.
+    stack = require_prompted_model(model).structure.stacks[-1]
+    crowd = Crowd(stack.sites[0].module if stack.sites else stack.embedding, THREADS)
+    found = crowd.run([requests[start : start + THREADS] for start in range(0, len(requests), THREADS)])
+    for number, (result, right) in enumerate(zip((one for each in found for one in each), expected, strict=True)):
+        if isinstance(result, Exception):
+            raise result
+        assert torch.equal(result, right), number
+    assert crowd.meetings == ROUNDS
+    assert torch.equal(requests[0](), expected[0])
+    prompts = list(require_prompted_model(model).prompts.values())
+    for prompt in prompts:
+        prompt.remove()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("way", ["slots", "prefix"])
-def test_a_bare_forward_whose_layers_run_again_after_its_block(way: str) -> None:
-    model, _, calls = build(way)
-    softhooks.attach(model, PrefixTuning(7), "other")
-    weight = model.get_input_embeddings().weight.requires_grad_(True)
-    model.train()
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("way", ["shared", "slots", "prefix", "cache", "scaled layers", "head"])
+def test_requests_with_and_without_a_prompt(way: str, disabled: bool) -> None:
+    model, *_ = build(way)
+    expected = []
 
-    def gradient() -> Tensor:
-        with softhooks.disabled(model):
-            loss = calls[0]().square().sum()
-        (found,) = torch.autograd.grad(loss, weight)
-        return found
+    def request(number: int) -> Tensor:
+        off = bool(number % 2) == disabled
+        with softhooks.disabled(model) if off else nullcontext(), torch.no_grad():
+            return zoo.main_output(model(zoo.text(1, 5, seed=number)))
 
-    expected = gradient()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_a_whole_model_that_runs_again(reentrant: bool) -> None:
-    """It would use the prompts that are on during the backward: refused if these may differ."""
-    model, ids = zoo.build("llama").train(), zoo.text(2, 6)
-    prompts = [softhooks.attach(model, PrefixTuning(3), name) for name in ("a", "b")]
-    embedded = model.get_input_embeddings()(ids).requires_grad_()
-
-    def logits(embedded: Tensor) -> Tensor:
-        return model(inputs_embeds=embedded).logits
-
-    def run(again: bool, name: str | None) -> Tensor:
-        with softhooks.rows(model, [name, "b"]) if name else contextlib.nullcontext():
-            loss = checkpoint(logits, embedded, use_reentrant=reentrant) if again else logits(embedded)
-        return loss.square().sum()
-
-    (expected,) = torch.autograd.grad(run(False, None), prompts[1].encoder.parameters())
-    run(True, None).backward()
-    torch.testing.assert_close(next(prompts[1].encoder.parameters()).grad, expected)
-    with pytest.raises(UnsupportedModeError, match="the prompts may have changed since its first run"):
-        run(True, "a").backward()
-    assert require_prompted_model(model).running._innermost is None
+    expected = [request(number) for number in range(8)]
+    crowd = Crowd(require_prompted_model(model).structure.entry.embedding, 8)
+    (found,) = crowd.run([[lambda number=number: request(number) for number in range(8)]])
+    assert all(torch.equal(result, right) for result, right in zip(found, expected, strict=True)), found
 
 
-# --- without any order ------------------------------------------------------------------------------------------------
+GENERATED: dict[str, dict[str, Any]] = {
+    "shared": {"num_beams": 2}, "slots": {}, "prefix": {}, "cache": {}, "scaled layers": {}, "encoder-decoder": {},
+    "prefixes of an encoder-decoder": {"num_beams": 2},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("locked", [True, False])
-@pytest.mark.parametrize("way", ["shared", "slots", "prefix", "context", "encoder-decoder"])
-def test_many_threads(way: str, locked: bool) -> None:
-    _, prompt, calls = build(way)
+@pytest.mark.parametrize("way", GENERATED)
+def test_generations_of_eight_threads(way: str) -> None:
+    """They stand between their forwards at once, where a generation has no forward that could keep its state."""
+    model = model_of(way)
+    for name in ("b", "a"):
+        attach(model, way, name)
+    meets = threading.local()
+
+    def request(number: int) -> Tensor:
+        meets.comes = number >= 0
+        names = [["a", "b"], ["b", None], ["b", "b"], ["b", "a"]][number % 4]
+        with softhooks.rows(model, names):
+            return model.generate(zoo.text(2, 4 + number % 3, seed=number), logits_processor=[process], **options)
+
+    def process(_ids: Tensor, scores: Tensor) -> Tensor:
+        if getattr(meets, "comes", False) and barrier:
+            meets.comes = False
+            barrier[0].wait()
+        return scores
+
+    options, barrier = {**NEW, **GENERATED[way]}, list[threading.Barrier]()
+    expected = [request(number) for number in range(8)]
+    barrier.append(threading.Barrier(8, timeout=300))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(request, range(8)))
+    assert all(torch.equal(result, right) for result, right in zip(found, expected, strict=True)), found
+
+
+@pytest.mark.parametrize("way", ["t5", "bart"])
+def test_an_encoder_that_generate_calls_by_itself(way: str) -> None:
+    model, ids, other = zoo.build(way, "seq2seq"), zoo.text(2, 6), zoo.text(1, 5, seed=4)
+    softhooks.attach(model, PromptTuning(4))
+    calls: list[Callable[[], Tensor]] = [
+        lambda: model.get_encoder()(other)[0],
+        lambda: model(input_ids=other, decoder_input_ids=other).logits,
+        lambda: model.generate(other, **NEW),
+    ]
+    expected, right = model.generate(ids, num_beams=2, **NEW), [answer(call) for call in calls]
+    for module in (model.get_encoder(), model.get_decoder()):
+        with Paused(lambda: model.generate(ids, num_beams=2, **NEW), module) as first:
+            assert first.reached
+            for call, result in zip(calls, right, strict=True):
+                assert torch.equal(answer(call), result)
+        assert torch.equal(first.result, expected)
+
+
+# --- asyncio ----------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_that_run_the_model_in_threads() -> None:
+    """A task hands its `rows` to `asyncio.to_thread`; all of them stand in the model at once."""
+    model = zoo.build("llama")
+    for name in ("b", "a"):
+        attach(model, "shared", name)
+    names = [["a"], ["b"], [None], ["b"]]
+
+    def run(number: int) -> Tensor:
+        return answer(lambda: model(zoo.text(1, 5, seed=number)).logits)
+
+    def meet(*_call: Any) -> None:
+        if not getattr(own, "came", False):
+            own.came = True
+            barrier.wait()
+
+    async def task(number: int) -> Tensor:
+        with softhooks.rows(model, names[number]):
+            await asyncio.sleep(0)
+            return await asyncio.to_thread(run, number)
+
+    async def main() -> list[Tensor]:
+        return await asyncio.gather(*map(task, range(4)))
+
+    expected = []
+    for number, each in enumerate(names):
+        with softhooks.rows(model, each):
+            expected.append(run(number))
+    own, barrier = threading.local(), threading.Barrier(4, timeout=300)
+    handle = model.model.layers[1].register_forward_pre_hook(meet)
+    found = asyncio.run(main())
+    handle.remove()
+    assert all(torch.equal(result, right) for result, right in zip(found, expected, strict=True)), found
+
+
+def test_a_context_that_was_copied_inside_a_forward() -> None:
+    """What a forward is doing is not part of the context: a task that is started in a hook begins its own forwards."""
+    model, calls = build("slots")[::2]
     expected = [answer(call) for call in calls]
-    lock = threading.Lock()
-    found: list[list[Any]] = [[], []]
+    copied: list[contextvars.Context] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: copied.append(contextvars.copy_context()))
+    with Paused(calls[0], model.model.layers[1]) as first:
+        assert torch.equal(copied[0].run(answer, calls[1]), expected[1])
+    handle.remove()
+    assert torch.equal(first.result, expected[0])
+    assert torch.equal(copied[0].run(answer, calls[1]), expected[1])
+    table = model.get_input_embeddings()
+    assert torch.equal(copied[0].run(table, zoo.text(1, 9)), table.weight[zoo.text(1, 9)])
 
-    def run(number: int) -> None:
-        for _ in range(12):
-            if locked:
-                with lock:
-                    found[number].append(answer(calls[number]))
-            else:
-                found[number].append(answer(calls[number]))
 
-    threads = [threading.Thread(target=run, args=(number % 2,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for results, right in zip(found, expected, strict=True):
-        for result in results:
-            if isinstance(result, Exception) and not (refused(result) and not locked):
-                raise result  # with its traceback
-            assert isinstance(result, Exception) or torch.equal(result, right)
-    assert torch.equal(answer(calls[0]), expected[0])
-    prompt.remove()
+# --- several models ---------------------------------------------------------------------------------------------------
 
 
 def test_a_model_for_each_thread() -> None:
@@ -646,28 +324,13 @@ def test_a_model_for_each_thread() -> None:
         assert all(torch.equal(result, bare[number]) for result in results[1::2])
 
 
-# --- what is left behind ----------------------------------------------------------------------------------------------
-
-
-def test_what_runs_is_not_copied() -> None:
-    model, ids = zoo.build("llama"), zoo.text(1, 6)
-    softhooks.attach(model, PrefixTuning(3))
-    running = require_prompted_model(model).running
-    with running.exclusive("a test"):
-        for other in (copy.deepcopy(running), pickle.loads(pickle.dumps(running))):
-            assert isinstance(other, RunningCalls)
-            assert other.call is None
-        with softhooks.disabled(model):
-            twin = copy.deepcopy(model)
-        assert torch.equal(answer(lambda: twin(ids).logits), answer(lambda: model(ids).logits))
-
-
-def test_nothing_is_held_after_a_forward() -> None:
-    model, ids = zoo.build("llama"), zoo.text(1, 6)
-    softhooks.attach(model, PromptTuning(3))
-    model(ids)
-    with pytest.raises((IndexError, RuntimeError)):
-        model(torch.full((1, 3), zoo.VOCABULARY + 5))
-    model.generate(ids, **NEW)
-    assert require_prompted_model(model).running._innermost is None
-    assert all(stack.state._current is None for stack in require_prompted_model(model).structure.stacks)
+def test_nothing_stays_on_the_model() -> None:
+    """Neither a forward nor an error in one changes the model while the prompt is attached."""
+    model, prompt, calls = build("prefixes of an encoder-decoder")
+    with untouched(model):
+        for call in calls:
+            answer(call)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, 3), zoo.VOCABULARY + 5), decoder_input_ids=zoo.text(1, 3))
+    assert prompt.prompted_model.running.call is None
+    assert all(stack.state.current is None for stack in prompt.structure.stacks)

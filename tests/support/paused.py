@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PATIENCE = 60
+PATIENCE = 300
 
 
 def answer(call: Callable[[], Any]) -> Any:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from softhooks.backbone.stack import Stack
+from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
+from softhooks.inject.checkpointing import CacheFlag, replace_once
 from softhooks.inject.prefix.key_values import KeyValues
 from softhooks.inject.prefix.prefix_cache import PrefixCache, PrefixPair, key_order
 from softhooks.inject.prefix.prefix_pass import PrefixPass
 
 _BY_COLUMN = ("attention_mask", "alibi")
 """The arguments of a layer whose last dimension has one entry for each key."""
+
+_KEEPS_CACHE = "_can_checkpoint_with_cache"
+"""The flag of transformers' layers that keep the cache when they are checkpointed."""
 
 
 class CachePass(PrefixPass):
@@ -29,13 +35,6 @@ class CachePass(PrefixPass):
 
     def __init__(self, stack: Stack, prefix: KeyValues, call: dict[str, Any], shape: tuple[int, int]) -> None:
         super().__init__(stack, {"self": prefix}, None, stack.module.training)
-        try:
-            self._enter(call, shape)
-        except BaseException:
-            self.close()
-            raise
-
-    def _enter(self, call: dict[str, Any], shape: tuple[int, int]) -> None:
         inner = call.get("past_key_values")
         self._past = 0 if inner is None else int(inner.get_seq_length())
         crosses = call.get("encoder_hidden_states") is not None
@@ -53,19 +52,18 @@ class CachePass(PrefixPass):
         call["past_key_values"] = self.cache
         call["attention_mask"] = self._widen_mask(call.get("attention_mask"), shape)
         self._keep_cache_in_checkpoints()
-        self.handles += self.prepare()
 
-    def prepare(self) -> list[Any]:
-        """Hook the layers without a prefix, to remove the prefix's columns from the mask that all layers share."""
+    @property
+    def keeps_cache(self) -> bool:
+        """True, because the prefix enters through the cache."""
+        return True
 
-        def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
-            call = dict(zip(names, args, strict=False)) | kwargs
-            narrowed = {name: self._own(call[name]) for name in _BY_COLUMN if isinstance(call.get(name), Tensor)}
-            return (), {**call, **narrowed}
-
-        without = [site for site in self.stack.sites if site.index not in self.prefixes["self"].keys]
-        return [site.module.register_forward_pre_hook(narrow, with_kwargs=True) for site in without]
+    def narrowed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Remove the prefix's columns from the mask that a layer without a prefix shares with the other layers."""
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        call = dict(zip(names, args, strict=False)) | kwargs
+        narrowed = {name: self._own(call[name]) for name in _BY_COLUMN if isinstance(call.get(name), Tensor)}
+        return (), {**call, **narrowed}
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Select the text's columns from the last dimension of a tensor."""
@@ -80,7 +78,7 @@ class CachePass(PrefixPass):
     def _keep_cache_in_checkpoints(self) -> None:
         """Keep transformers from removing the cache from the arguments of checkpointed layers."""
         for module in self._checkpointed:
-            if not hasattr(module, "_can_checkpoint_with_cache"):
+            if not hasattr(module, _KEEPS_CACHE):
                 if module is self.stack.module:
                     continue
                 raise UnsupportedModeError(
@@ -88,7 +86,7 @@ class CachePass(PrefixPass):
                     "through a cache.",
                     "Disable gradient checkpointing.",
                 )
-            self._patches.set(module, "_can_checkpoint_with_cache", True)
+            replace_once(self.stack, module, _KEEPS_CACHE, CacheFlag, lambda own: CacheFlag(self.stack, own))
 
     def _widen_mask(self, mask: Any, shape: tuple[int, int]) -> Any:
         """Add the prefix's columns to the caller's mask."""
@@ -135,3 +133,24 @@ class CachePass(PrefixPass):
         prefix = self.prefixes["self"]
         without = [number for number, site in enumerate(self.stack.sites) if site.index not in prefix.keys]
         return tuple(weights if number in without else self._own(weights) for number, weights in enumerate(value))
+
+
+@dataclass(eq=False)
+class NarrowHook:
+    """The hook of one attention module of a stack whose prefixes enter through a cache."""
+
+    site: Site
+
+    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Remove the prefix's columns from the module's mask, if a prefix is running that this layer does not have."""
+        current = self.site.stack.state.current
+        if isinstance(current, CachePass) and self.site.index not in current.prefixes["self"].keys:
+            return current.narrowed(module, args, kwargs)
+        return None
+
+
+def hook_masks(stack: Stack) -> list[RemovableHandle]:
+    """Register a `NarrowHook` on the attention modules of a stack, if prefixes enter it through a cache."""
+    if stack.injection != "cache":
+        return []
+    return [site.module.register_forward_pre_hook(NarrowHook(site).narrow, with_kwargs=True) for site in stack.sites]

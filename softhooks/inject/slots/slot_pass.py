@@ -130,7 +130,7 @@ class SlotPass(Pass):
         """Pass position ids to the stack, unless its position table gives all rows the same positions."""
         where = self.stack.positions
         if where.takes_position_ids or (where.table is not None and where.table.by_row):
-            set_position_ids(self.stack, call, ids, self.handles)
+            self.table_positions = set_position_ids(self.stack, call, ids)
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """Whether a call to the embedding looks up token ids; GPT-2 and CTRL also look up token types in it."""
