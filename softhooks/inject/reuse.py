@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from softhooks.backbone.stack import Stack
 from softhooks.compat.peft_layers import adapter_state
 
 T = TypeVar("T")
+_COUNTING = Lock()
 
 
 @dataclass
@@ -165,7 +167,8 @@ class ResultCache(Generic[T]):
         return result
 
     def _compute(self, compute: Callable[[], T]) -> T:
-        self.computed += 1
+        with _COUNTING:
+            self.computed += 1
         return compute()
 
 

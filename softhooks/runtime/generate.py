@@ -11,6 +11,7 @@ from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.reuse import new_scope
 from softhooks.patching.patches import MethodWrapper
+from softhooks.runtime.exclusive_forwards import generation_needs_model_alone
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.with_blocks import Block, generation_of
 
@@ -40,16 +41,10 @@ class Generate(PromptedMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompts that are selected now, computing each prompt only once."""
         prompted = self.prompted
-        call = prompted.running.exclusive("`generate`", lambda: self._changes_model)
+        call = prompted.running.exclusive("`generate`", lambda: generation_needs_model_alone(prompted))
         with call, Block(prompted.model, generates=True), new_scope(prompted.model):
             prompted.refuse_unused(kwargs)
             return self.original()(*args, **kwargs)
-
-    @property
-    def _changes_model(self) -> bool:
-        """Whether the forwards change the model. Those with an objective do not, because `generate` computes no gradients."""
-        prompted = self.prompted
-        return prompted.structure.changes_modules or (prompted.freeze_dropout and prompted.needs_model_alone)
 
 
 class ExpandInputs(PromptedMethod):

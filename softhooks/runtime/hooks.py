@@ -25,6 +25,7 @@ from softhooks.inject.text_positions import OUTER_ARGUMENTS
 from softhooks.objectives.base import Finish
 from softhooks.runtime.arguments import choices_of, for_each_choice, take
 from softhooks.runtime.attached_prompt import AttachedPrompt
+from softhooks.runtime.exclusive_forwards import needs_model_alone
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.running_call import Call, module_call
 from softhooks.runtime.stack_forward import begin_stack_forward
@@ -45,7 +46,7 @@ class ModelHooks:
         prompted = self.prompted
         if _is_own_call(prompted):
             return None
-        what, alone = f"the forward of {type(module).__name__}", lambda: prompted.needs_model_alone
+        what, alone = f"the forward of {type(module).__name__}", lambda: needs_model_alone(prompted)
         call = prompted.running.begin(self, what, module_call(), is_model=True, is_exclusive=alone)
         if call.outer is None and choice_of(prompted.model).only is None:
             prompted.show_labels()
@@ -154,7 +155,7 @@ class StackHooks:
         if own is not None and not own.has_begun:
             own.has_begun = True
             return None  # softhooks is running the stack on the virtual tokens alone
-        what, alone = f"the forward of {type(module).__name__}", lambda: self.prompted.needs_model_alone
+        what, alone = f"the forward of {type(module).__name__}", lambda: needs_model_alone(self.prompted)
         begun = self.prompted.running.begin(self, what, module_call(), is_exclusive=alone)
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
         begun.opened = begin_stack_forward(self.prompted, self.stack, call)

@@ -195,24 +195,6 @@ class PromptedModel:
         rows = self.rows
         return [self.active] if rows is None else rows
 
-    @property
-    def needs_model_alone(self) -> bool:
-        """Whether the coming forward changes the model while it runs.
-
-        Some models store state in their modules. A training forward changes the mode of the modules if dropout is disabled, or
-        if there is an objective, which may have a teacher.
-        """
-        if self.structure.changes_modules:
-            return True
-        training = self.model.training or any(stack.module.training for stack in self.structure.stacks)
-        if not training or not self.is_in_use:
-            return False
-        if self.freeze_dropout:
-            return True
-        return torch.is_grad_enabled() and any(
-            prompt.objective is not None and prompt.takes_gradients for prompt in self.active_prompts()
-        )
-
     def show_labels(self) -> None:
         """Write the active prompt's label names into the model's config, or the model's own if no prompt is active.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -45,7 +45,7 @@ class Reference(nn.Module):
 
     def base_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the backbone, for losses that compute the logits themselves."""
-        with self._fixed():
+        with self._alone(), self._fixed():
             return self._unwrapped.base_model(*args, **kwargs)
 
     def get_output_embeddings(self) -> Any:
@@ -54,7 +54,7 @@ class Reference(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        with self._fixed():
+        with self._alone(), self._fixed():
             return self.policy(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -65,6 +65,13 @@ class Reference(nn.Module):
     @property
     def _unwrapped(self) -> Any:
         return self.policy.get_base_model() if hasattr(self.policy, "get_base_model") else self.policy
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Return a context manager in which no other thread runs the model, because `_fixed` changes the mode of its modules."""
+        prompted = prompted_model_of(self.policy)
+        if prompted is None:
+            return nullcontext()
+        return prompted.running.exclusive("the forward of a reference model", lambda: self.policy.training)
 
     @contextmanager
     def _fixed(self) -> Iterator[None]:

@@ -313,3 +313,22 @@ def test_what_runs_is_not_copied() -> None:
         with softhooks.disabled(model):
             twin = copy.deepcopy(model)
         assert torch.equal(answer(lambda: twin(ids).logits), answer(lambda: model(ids).logits))
+
+
+# --- models that store state in their modules -------------------------------------------------------------------------
+
+
+def test_models_whose_forwards_change_them_take_turns() -> None:
+    """Without softhooks, a long text in one thread changes the frequencies of a text in another."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = zoo.build("llama", rope_parameters=rope, max_position_embeddings=16)
+    softhooks.attach(model, PrefixTuning(3))
+    assert require_prompted_model(model).structure.changes_modules
+    calls = [lambda: model(zoo.text(1, 30)).logits, lambda: model.generate(zoo.text(1, 5, seed=2), **NEW)]
+    expected = [answer(call) for call in calls]
+    for number, module in enumerate((model.model.layers[0], model.lm_head)):
+        with Paused(calls[number], module) as first:
+            assert first.reached
+            second = Asked(model, calls[1 - number])
+        assert torch.equal(second.finish(), expected[1 - number])
+        assert torch.equal(first.result, expected[number])
