@@ -15,8 +15,10 @@ def needs_model_alone(prompted: PromptedModel) -> bool:
     """
     if prompted.structure.changes_modules:
         return True
-    training = prompted.model.training or any(stack.module.training for stack in prompted.structure.stacks)
-    if not training or not prompted.is_in_use:
+    stacks = prompted.structure.stacks
+    if not (prompted.model.training or stacks[0].module.training or stacks[-1].module.training):
+        return False
+    if not prompted.is_in_use:
         return False
     if prompted.freeze_dropout:
         return True

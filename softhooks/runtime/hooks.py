@@ -155,7 +155,8 @@ class StackHooks:
         if own is not None and not own.has_begun:
             own.has_begun = True
             return None  # softhooks is running the stack on the virtual tokens alone
-        what, alone = f"the forward of {type(module).__name__}", lambda: needs_model_alone(self.prompted)
+        outer, what = self.prompted.running.call, f"the forward of {type(module).__name__}"
+        alone = None if outer is not None and outer.is_model else lambda: needs_model_alone(self.prompted)
         begun = self.prompted.running.begin(self, what, module_call(), is_exclusive=alone)
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
         begun.opened = begin_stack_forward(self.prompted, self.stack, call)

@@ -54,18 +54,19 @@ class RunningCalls:
     @property
     def call(self) -> Call | None:
         """The innermost call of this thread, or None if there is none."""
+        # The methods below repeat this expression, because they run many times per token.
         return getattr(self._own, "innermost", None)
 
     @property
     def forward(self) -> Call | None:
         """The forward that is running in this thread."""
-        call = self.call
+        call: Call | None = getattr(self._own, "innermost", None)
         return None if call is None else call.forward
 
     @property
     def active_here(self) -> str | None:
         """The name of the prompt that is active in this thread's call, or would be active in a new one."""
-        call = self.call
+        call: Call | None = getattr(self._own, "innermost", None)
         return self.active if call is None else call.active
 
     def activate(self, name: str | None) -> None:
@@ -98,12 +99,14 @@ class RunningCalls:
         Raises:
             UnsupportedModeError: the call cannot wait, because it is inside another call or in an autograd thread.
         """
-        outer = self.call
-        while outer is not None and not outer.runs():  # it ended without running its last hook
+        outer: Call | None = getattr(self._own, "innermost", None)
+        while outer is not None and not outer.runs_here():  # it ended without running its last hook
             self._leave(outer)
             outer = outer.outer
         call = Call(holder, what, frame, outer, self.active if outer is None else outer.active, is_model)
         self._own.innermost = call
+        if is_exclusive is None and outer is not None and not outer.is_exclusive:
+            return call
         try:
             self._enter(call, is_exclusive)
         except BaseException:
@@ -113,14 +116,14 @@ class RunningCalls:
 
     def find(self, holder: object, frame: FrameType) -> Call | None:
         """Return the call that a hook began, or None if it began none."""
-        call = self.call
+        call: Call | None = getattr(self._own, "innermost", None)
         while call is not None and not (call.holder is holder and call.frame is frame):
             call = call.outer
         return call
 
     def end(self, ended: Call) -> None:
         """End a call, and all calls inside it that have not ended."""
-        while (call := self.call) is not None and ended.frame is not None:
+        while ended.frame is not None and (call := getattr(self._own, "innermost", None)) is not None:
             self._leave(call)
 
     def block(self, what: str, skip_objective: bool = False) -> CallBlock:

@@ -106,12 +106,14 @@ class Call:
     def runs(self) -> bool:
         """Return whether the call is still running. After a KeyboardInterrupt, torch skips the hook that would end the call."""
         frame = self.frame
-        if frame is None:
-            return False
-        if self.thread is this_thread():
-            return _is_on_stack(frame, sys._getframe())
+        if frame is None or self.thread is this_thread():
+            return self.runs_here()
         # Another thread's stack can change during the search and hide the frame, so search twice.
         return any(_is_on_stack(frame, sys._current_frames().get(self.ident)) for _ in range(2))
+
+    def runs_here(self) -> bool:
+        """The same, for a call of this thread."""
+        return self.frame is not None and _is_on_stack(self.frame, sys._getframe())
 
     def runs_backward_here(self) -> bool:
         """Return whether this is an autograd thread that runs a backward on behalf of the call's thread."""
