@@ -72,7 +72,7 @@ def add(
         str | None, typer.Option(help="The revision of the repository on the Hub.", show_default=False)
     ] = None,
 ) -> None:
-    """Copy a saved prompt into a store; the first one creates the store.
+    """Copy a saved prompt into a store; the first prompt creates the store.
 
     A prompt of another base model than those in the store is refused.
 
@@ -181,4 +181,6 @@ def _show(found: list[dict[str, Any]], console: Console) -> None:
         if damaged:
             row = [one["name"], "damaged", "", ", ".join(one.get("tags", ())), damaged.splitlines()[0]]
         table.add_row(*(Text(visible(text)) for text in row))
-    console.print(table if found else Text("no prompts"))
+    with console.capture() as printed:
+        console.print(table if found else Text("no prompts"))
+    typer.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
