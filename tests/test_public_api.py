@@ -21,7 +21,7 @@ MEMBERS = {
     "FrozenReport": ["bytes", "gigabytes_per_second", "seconds", "tensors", "unread"],
     "Layout": ["batch_columns", "collator", "insert", "mapper", "num_virtual_tokens", "render"],
     "PromptEnsemble": ["generate"],
-    "PromptStore": ["add", "load", "names", "path", "remove", "tag", "tags", "untag"],
+    "PromptStore": ["add", "add_collection", "load", "names", "path", "remove", "tag", "tags", "untag"],
     "SoftPrompt": [
         "embeddings",
         "encoder",
@@ -87,6 +87,7 @@ PromptMismatchError(found, /, *remedy, **values)
 PromptNotReachedError(found, /, *remedy, **values)
 PromptStore(folder)
   .add(self, prompt, name, *, tags=(), replace=False, revision=None, token=None)
+  .add_collection(self, slug, *, tags=(), replace=False, token=None)
   .load(self, model, name, *, as_name=None, trainable=False, strict=True)
   .names(self, tag=None)
   .path(self, name)

@@ -71,6 +71,9 @@ def add(
     revision: Annotated[
         str | None, typer.Option(help="The revision of the repository on the Hub.", show_default=False)
     ] = None,
+    collection: Annotated[
+        bool, typer.Option("--collection", help="PROMPT is a collection on the Hub: add all prompts in it.")
+    ] = False,
 ) -> None:
     """Copy a saved prompt into a store; the first prompt creates the store.
 
@@ -80,10 +83,17 @@ def add(
 
         softhooks store add prompts sst2-prompt
         softhooks store add prompts runs/checkpoint-500 --name sst2 --tag candidate
+        softhooks store add prompts me/prompts-64f9a55bb3115b4f513ec026 --collection
     """
-    from softhooks.errors import NameTakenError
+    from softhooks.errors import NameTakenError, OptionError
 
     with usage_errors(), usage_errors(NameTakenError):
+        if collection:
+            if name is not None or revision is not None:
+                raise OptionError("`--name` and `--revision` are for one prompt; a collection has several.")
+            added = _open(folder).add_collection(prompt, tags=tag or (), replace=replace)
+            typer.echo("\n".join(f"{one} -> {folder / one}" for one in added))
+            return
         chosen = Path(prompt).resolve().name if name is None and Path(prompt).exists() else name
         chosen = chosen or prompt.rsplit("/", 1)[-1]
         _open(folder).add(prompt, chosen, tags=tag or (), replace=replace, revision=revision)

@@ -29,9 +29,12 @@ _MAX_STATE_BYTES = 64 * 2**20  # the `trainer_state.json` of a long run; larger 
 
 def find(path: str | Path, revision: str | None = None, token: str | bool | None = None) -> StoredPrompt:
     """Read a prompt from a directory or from the Hub."""
-    if _exists(Path(path)):
-        return read(Path(path))
-    folder, commit = download(str(path), revision, token)
+    return read(Path(path)) if _exists(Path(path)) else find_on_hub(str(path), revision, token)
+
+
+def find_on_hub(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> StoredPrompt:
+    """Read a prompt from a repository on the Hub."""
+    folder, commit = download(repo_id, revision, token)
     stored = read(folder)
     stored.loaded_from = commit
     return stored

@@ -7,26 +7,26 @@ adds a prompt too, and a store needs no index that could disagree with its files
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import nn
 
-from softhooks.base_model.compare import FOUND, Finding, compare
 from softhooks.checks.attach_arguments import NAME_RULE, is_prompt_name
 from softhooks.compat.sharding import gathered
-from softhooks.errors import CheckpointError, NameTakenError, NotAttachedError, OptionError, PromptMismatchError
+from softhooks.errors import CheckpointError, NameTakenError, NotAttachedError, OptionError
 from softhooks.formats import softhooks_files
-from softhooks.formats.find import find, format_of, read
-from softhooks.formats.stored import StoredPrompt, on_one_line
+from softhooks.formats.find import find, find_on_hub, format_of, read
+from softhooks.formats.hub_collection import repositories_of
+from softhooks.formats.stored import StoredPrompt
 from softhooks.load import load
 from softhooks.prompt import SoftPrompt
+from softhooks.serving.one_base import require_fingerprint, require_same_base
 from softhooks.serving.tags import FILE as TAGS
 from softhooks.serving.tags import checked_tags, read_tags, write_tags
 
 _MAX_NAME = 128  # characters
-_SAME_BASE: tuple[Finding, ...] = ("same", "quantized", "converted")
-"""The findings with which `softhooks.load` also accepts a base model."""
 _OWN_FILES = (softhooks_files.TENSORS, softhooks_files.DESCRIPTION, softhooks_files.LIVE, TAGS)
 """The files that `remove` deletes; without the first one, a folder is no entry."""
 
@@ -119,7 +119,7 @@ class PromptStore:
         """
         folder = self.path(name)
         if strict:
-            _require_fingerprint(read(folder))
+            require_fingerprint(read(folder))
         return load(model, folder, as_name or name, trainable=trainable, strict=strict)
 
     # --- change -------------------------------------------------------------------------------------------------------
@@ -159,7 +159,50 @@ class PromptStore:
         else:
             self._write(find(prompt, revision, token), name, chosen, replace)
 
-    def _write(self, stored: StoredPrompt, name: str, tags: list[str], replace: bool) -> None:
+    def add_collection(
+        self, slug: str, *, tags: Iterable[str] = (), replace: bool = False, token: str | bool | None = None
+    ) -> list[str]:
+        """Copy the prompts of a collection on the Hub into the store.
+
+        Each prompt gets the name of its repository, without the owner and with `-` for characters that names cannot have. All
+        prompts are downloaded and checked before the first one is written.
+
+        Args:
+            slug: the last part of the collection's address, such as `me/prompts-64f9a55bb3115b4f513ec026`. Models in it must be
+                prompts; datasets, papers and Spaces are skipped.
+            tags, replace, token: as in `add`.
+
+        Returns:
+            the names in the store.
+
+        Raises:
+            CheckpointError: the collection cannot be read, or a model in it is not a prompt, as in `add`.
+            NameTakenError: the store already has a prompt of this name, or two repositories have the same name.
+            PromptMismatchError: the prompts belong to different base models.
+        """
+        chosen, found = checked_tags(tags), {}
+        for repo_id in repositories_of(slug, token):
+            name = re.sub(r"[^A-Za-z0-9_-]", "-", repo_id.rpartition("/")[2])
+            if name in found or not _is_name(name):
+                raise NameTakenError(
+                    f"{repo_id!r} would be named {name!r} in the store, which "
+                    + (
+                        "is the name of another prompt of the collection."
+                        if name in found
+                        else "cannot be a prompt's name."
+                    ),
+                    "Add the prompts of the collection with `add`, and name them.",
+                )
+            found[name] = find_on_hub(repo_id, token=token)
+            self._require_free(name, replace)
+            require_fingerprint(found[name])
+            self._require_base_of_others(found[name], name)
+            require_same_base(next(iter(found.items())), (name, found[name]))
+        for name, stored in found.items():
+            self._write(stored, name, chosen, replace)
+        return list(found)
+
+    def _require_free(self, name: str, replace: bool) -> None:
         taken = [other for other in self.names() if other.lower() == name.lower()]
         if taken and not (replace and taken == [name]):
             raise NameTakenError(
@@ -167,26 +210,21 @@ class PromptStore:
                 "Pass `replace=True` (`--replace` on a command line) to replace it, or choose another name.",
                 store=self.folder,
             )
-        _require_fingerprint(stored)
-        self._require_same_base(stored, name)
+
+    def _write(self, stored: StoredPrompt, name: str, tags: list[str], replace: bool) -> None:
+        self._require_free(name, replace)
+        require_fingerprint(stored)
+        self._require_base_of_others(stored, name)
         softhooks_files.write(stored, self.folder / name)
         write_tags(self.folder / name, tags)
 
-    def _require_same_base(self, stored: StoredPrompt, name: str) -> None:
+    def _require_base_of_others(self, stored: StoredPrompt, name: str) -> None:
         """Compare the base model of a new prompt with that of another prompt in the store; skip damaged ones."""
         for other in self.names():
             if other == name:
                 continue
             with contextlib.suppress(CheckpointError):
-                present = read(self.folder / other)
-                difference = _difference(present, stored)
-                if difference is not None:
-                    raise PromptMismatchError(
-                        f"the prompts in the store belong to another base model than {name!r}: {difference}.",
-                        "Use one store for each base model.",
-                        store=f"{self.folder}, with {other!r} for {present.base}",
-                        prompt=f"{stored.source}, for {stored.base}",
-                    )
+                require_same_base((other, read(self.folder / other)), (name, stored))
                 return
 
     def remove(self, name: str) -> None:
@@ -238,22 +276,3 @@ def _is_name(name: str) -> bool:
 
 def _is_entry(folder: Path) -> bool:
     return format_of(folder) == "softhooks"
-
-
-def _require_fingerprint(stored: StoredPrompt) -> None:
-    if stored.base.fingerprint is None:
-        raise CheckpointError(
-            "the prompt's file does not describe the weights of its base model (PEFT's files never do), so the prompt cannot be "
-            "checked against a model.",
-            "Load the prompt onto its base model, and add it from there: `store.add(softhooks.load(model, path), name)`.",
-            prompt=stored.source,
-        )
-
-
-def _difference(one: StoredPrompt, other: StoredPrompt) -> str | None:
-    """Describe how the base models of two prompts differ; return None if they are the same."""
-    if one.stacks != other.stacks:
-        return f"their layers differ ({on_one_line(one.stacks)}; {on_one_line(other.stacks)})"
-    then, now = one.base.fingerprint, other.base.fingerprint
-    finding: Finding = "another" if then is None or now is None else compare(then, now)
-    return None if finding in _SAME_BASE else FOUND[finding]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import zoo
+from hub_stand_in import HubStandIn
 from typer.testing import CliRunner
 
 import softhooks
@@ -81,3 +82,12 @@ def test_wrong_names_and_folders_end_with_status_2(
     run("tag", folder, "../sst2", "x", code=2)
     run("remove", folder, "other", code=2)
     assert PromptStore(folder).names() == ["sst2"]
+
+
+def test_the_prompts_of_a_collection_are_added(hub: HubStandIn, saved: Path, tmp_path: Path) -> None:
+    folder, slug = tmp_path / "store", "me/prompts-64f9a55bb3115b4f513ec026"
+    hub.add("me/sst2", saved)
+    hub.collections[slug] = [("model", "me/sst2")]
+    run("add", folder, slug, "--collection", "--name", "x", code=2)
+    assert run("add", folder, slug, "--collection", "--tag", "hub").strip() == f"sst2 -> {folder / 'sst2'}"
+    assert PromptStore(folder).tags("sst2") == ["hub"]

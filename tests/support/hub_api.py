@@ -240,6 +240,16 @@ class Handler(BaseHTTPRequestHandler):
             item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
         self.json({"transfer": "basic", "objects": objects})
 
+    def collection(self, _body: bytes, slug: str) -> None:
+        if slug not in self.hub.collections:
+            return self.missing("RepoNotFound")
+        items = [
+            {"_id": str(place), "id": name, "type": kind, "position": place}
+            for place, (kind, name) in enumerate(self.hub.collections[slug])
+        ]
+        about = {"title": slug, "owner": slug, "lastUpdated": "2026-01-01T00:00:00.000Z", "theme": "pink"}
+        return self.json({**about, "slug": slug, "items": items, "position": 0, "private": False, "upvotes": 0})
+
     def put(self, body: bytes, oid: str) -> None:
         sound = hashlib.sha256(body).hexdigest() == oid
         self.hub.blobs[oid] = body
@@ -272,6 +282,7 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/api/models/([^/]+/[^/]+)/commit/(.+)", Handler.commit),
     ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/lfs/(.+)", Handler.put),
+    ("GET", r"/api/collections/(.+)", Handler.collection),
     ("GET", r"/api/models/([^/]+/[^/]+)/revision/(.+)", Handler.revision_info),
     ("GET", r"/api/models/([^/]+/[^/]+)", Handler.revision_info),
     ("GET HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),

@@ -21,6 +21,7 @@ class HubStandIn:
     """The server and its repositories.
 
     Attributes:
+        collections: the type and the name of each item of a collection, by slug.
         requests: the method and the path of each request.
         faults: the faults of the next GET requests for a file, by file name; each is used once.
         head_faults: the same for HEAD requests.
@@ -32,6 +33,7 @@ class HubStandIn:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
+        self.collections: dict[str, list[tuple[str, str]]] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: dict[str, list[Fault]] = {}
         self.head_faults: dict[str, list[Fault]] = {}
