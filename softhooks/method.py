@@ -59,6 +59,9 @@ class Method:
     sampler_class: ClassVar[type[Any]] = type(None)
     """The class of the method's `sampler`. A Trainer's sampler of this class is not replaced."""
 
+    renders_rows: ClassVar[bool] = False
+    """Whether the method has a `render`, whose rows have a label for each token; a Trainer's default collator then pads them."""
+
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"placement": ("front", "after_first", "end")}
     """The entries of `conventions` that a saved prompt must contain, and their possible values."""
 

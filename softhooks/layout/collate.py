@@ -40,7 +40,15 @@ class Mapper:
                 f"target is {self.target!r}; it must occur exactly once among the template's fields, which are {fields}."
             )
         if self.verbalizer is not None and masks != 1:
-            raise OptionError(f"the template has {masks} masks; a verbalizer needs exactly one {{mask}}.")
+            raise OptionError(
+                f"the template has {masks} masks; a verbalizer needs exactly one {{mask}}.",
+                "Write {mask} where the word of the class belongs.",
+            )
+        if self._is_causal and [part.kind for part in self.template.parts if part.kind != "text"][-1] != "mask":
+            raise OptionError(
+                "the template has slots or fields after {mask}; a causal language model cannot use them to predict the word.",
+                "Write {mask} after all fields and slots.",
+            )
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """Render one row, or a batch of rows given as columns."""
@@ -53,13 +61,28 @@ class Mapper:
 
     def render(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Render one row."""
-        row = render_row(self.template, self.tokenizer, fields, self.max_length, **self.chat)
+        is_unlabeled = self._is_causal and fields.get(self.label) is None
+        row = render_row(self.template, self.tokenizer, fields, self.max_length, self._word(fields), **self.chat)
+        if is_unlabeled:
+            row.ids = row.ids[: row.masks[0]]  # the text from which the model predicts the word
         found: dict[str, Any] = {"input_ids": row.ids, "attention_mask": [1] * len(row.ids)}
         if "token_type_ids" in self.tokenizer.model_input_names:
             found["token_type_ids"] = [0] * len(row.ids)
         found[COLUMN] = row.slots
-        labels = self._labels(row, fields)
+        labels = None if is_unlabeled else self._labels(row, fields)
         return found if labels is None else found | {"labels": labels}
+
+    @property
+    def _is_causal(self) -> bool:
+        return self.verbalizer is not None and self.verbalizer.causal
+
+    def _word(self, fields: Mapping[str, Any]) -> int | None:
+        """Return the id that replaces `{mask}`, or None for the tokenizer's mask token."""
+        if self.verbalizer is None or not self.verbalizer.causal:
+            return None
+        # A row without a class is cut at this place; its word only counts toward `max_length`.
+        label = fields.get(self.label)
+        return self.verbalizer.ids[0] if label is None else self.verbalizer.token(label)
 
     def labeled(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Add the verbalizer's labels to a rendered row that has a class but no labels."""
@@ -69,7 +92,10 @@ class Mapper:
         ids = [int(token) for token in row["input_ids"]]
         places = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if len(places) != 1:
-            raise OptionError(f"a rendered row contains {len(places)} masks; a verbalizer needs exactly one.")
+            raise OptionError(
+                f"a rendered row contains {len(places)} masks; a verbalizer needs exactly one.",
+                "Pass the verbalizer to the mapper that renders the rows, not to the collator.",
+            )
         labels = [IGNORE_INDEX] * len(ids)
         labels[places[0]] = self.verbalizer.token(int(row[self.label]))
         return found | {"labels": labels}
@@ -104,6 +130,12 @@ class Collator:
         """Return a batch with `input_ids`, `attention_mask`, `soft_slots` and, if the rows have labels or classes, `labels`."""
         rows = [self._rendered(row) for row in examples]
         labels = [row["labels"] for row in rows if "labels" in row]
+        if 0 < len(labels) < len(rows):
+            raise OptionError(
+                "some rows of the batch have a label and others have none.",
+                "Put rows with and without a label in different batches.",
+                without=", ".join(str(place) for place, row in enumerate(rows) if "labels" not in row),
+            )
         names = [*self.mapper.tokenizer.model_input_names, COLUMN]
         held = [{name: row[name] for name in names if name in row} for row in rows]
         batch: dict[str, Tensor] = dict(self.mapper.tokenizer.pad(held, return_tensors="pt"))
@@ -118,7 +150,7 @@ class Collator:
             self._require_fields(example)
             row = self.mapper.render(example)
         for name in _LABELS:
-            if "labels" not in row and name in example and not isinstance(example[name], str):
+            if "labels" not in row and not isinstance(example.get(name), str | None):
                 row["labels"] = example[name]
         return row
 

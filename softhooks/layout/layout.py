@@ -29,7 +29,7 @@ class Layout:
 
     For data that is not tokenized yet, pass a template, such as `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`.
     - Text outside braces is an anchor: fixed words that are not trained.
-    - `{mask}` is the tokenizer's mask token.
+    - `{mask}` is the tokenizer's mask token or, with a verbalizer for a causal language model, the word of the row's class.
     - `{soft:3}` stands for three slots, and `{soft:"some words"}` for one slot per token of the words. Each of these tokens
       initializes the virtual token of its slot. Slots with the same name, such as `{soft:2, name=a}`, are tied: they share their
       virtual tokens.
@@ -184,8 +184,9 @@ class Layout:
             tokenizer, max_length, chat: as in `render`.
             target: the field to predict. The rows get `labels` with the field's ids, and -100 elsewhere.
             verbalizer: the words of the classes to predict. The rows get `labels` with the id of their class's word at the mask,
-                and -100 elsewhere.
-            label: the column with the class of each row, for the verbalizer.
+                and -100 elsewhere. With `Verbalizer(causal=True)`, the word replaces the mask, and a row without a class ends
+                before it and gets no `labels`.
+            label: the column with the class of each row, an integer from 0, for the verbalizer.
 
         Raises:
             OptionError: the layout is not a template, or the template does not contain the field or the mask to predict.

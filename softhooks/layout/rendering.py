@@ -35,14 +35,19 @@ class Row:
 
 
 def render_row(
-    template: Template, tokenizer: Any, fields: Mapping[str, Any], max_length: int | None, **chat: Any
+    template: Template,
+    tokenizer: Any,
+    fields: Mapping[str, Any],
+    max_length: int | None,
+    word: int | None = None,
+    **chat: Any,
 ) -> Row:
-    """Render a template with the fields of a row."""
+    """Render a template with the fields of a row; `word` is the id at `{mask}`, by default that of the tokenizer's mask token."""
     if template.messages is None:
         parts, (before, after) = template.parts, _special_tokens_of(tokenizer)
     else:
         parts, before, after = _in_chat(template.messages, template.parsed, tokenizer, **chat), [], []
-    pieces = [_ids_of(part, tokenizer, fields) for part in parts]
+    pieces = [_ids_of(part, tokenizer, fields, word) for part in parts]
     if max_length is not None:
         slots = sum(part.count for part in parts if part.kind == "soft")
         lengths = {i: len(ids) for i, ids in enumerate(pieces) if parts[i].kind == "field"}
@@ -76,16 +81,24 @@ def _truncated(lengths: dict[int, int], max_length: int, fixed: int) -> dict[int
     return kept
 
 
-def _ids_of(part: Part, tokenizer: Any, fields: Mapping[str, Any]) -> list[int]:
+def _ids_of(part: Part, tokenizer: Any, fields: Mapping[str, Any], word: int | None) -> list[int]:
     if part.kind == "text":
         return encode(part.text, tokenizer)
     if part.kind == "mask":
-        if getattr(tokenizer, "mask_token_id", None) is None:
-            raise OptionError("the layout has a {mask}, but the tokenizer has no mask token.")
-        return [int(tokenizer.mask_token_id)]
+        return [_mask_token_of(tokenizer) if word is None else word]
     if part.kind == "soft":
         return []
     return encode(text_of(part, fields), tokenizer)
+
+
+def _mask_token_of(tokenizer: Any) -> int:
+    if getattr(tokenizer, "mask_token_id", None) is None:
+        raise OptionError(
+            "the layout has a {mask}, but the tokenizer has no mask token.",
+            "For a causal language model, pass `verbalizer=Verbalizer(words, tokenizer, causal=True)` to the mapper or the "
+            "collator: the word of the row's class then replaces {mask}.",
+        )
+    return int(tokenizer.mask_token_id)
 
 
 def text_of(part: Part, fields: Mapping[str, Any]) -> str:

@@ -19,14 +19,15 @@ class Verbalizer:
 
     Pass a verbalizer to a Trainer as `compute_loss_func`, or call it in your own loop with the model's output and the labels. In
     each row, the label at the mask (with `causal`, at the word itself) is the id of the word of the row's class, and all other
-    labels are -100. For masks, `Layout.mapper(..., verbalizer=)` and `Verbalizer.labels` make such labels.
+    labels are -100. `Layout.mapper(..., verbalizer=)` makes such labels and, for masks, so does `Verbalizer.labels`.
 
     Source: Liu et al. 2021, arXiv:2103.10385, few-shot setting.
 
     Args:
         words: for each class, a token id, or a word that is a single token when a space precedes it.
         tokenizer: the model's tokenizer or its name.
-        causal: True if the word is predicted at the preceding token, as in causal language models; False if at a mask token.
+        causal: True for a causal language model, which predicts the word at the preceding token; False for a masked language
+            model, which predicts it at the mask token.
 
     Raises:
         OptionError: a word is not a single token, or two classes have the same word.
@@ -50,7 +51,11 @@ class Verbalizer:
             OptionError: the class does not exist.
         """
         if not isinstance(label, int) or not 0 <= label < len(self.ids):
-            raise OptionError(f"the label is {label!r}; it must be a class from 0 to {len(self.ids) - 1}.")
+            raise OptionError(
+                f"the label is {label!r}; it must be a class from 0 to {len(self.ids) - 1}.",
+                "Replace each label by the index of its word in the verbalizer's list.",
+                words=dict(enumerate(self.words)),
+            )
         return self.ids[label]
 
     def labels(self, input_ids: Tensor, classes: Tensor) -> Tensor:
@@ -59,9 +64,22 @@ class Verbalizer:
         words = torch.tensor([self.token(int(label)) for label in classes], device=input_ids.device)
         return torch.full_like(input_ids, IGNORE_INDEX).masked_scatter(at, words.to(input_ids.dtype))
 
-    def scores(self, logits: Tensor, input_ids: Tensor) -> Tensor:
-        """Return the logits of the classes' words at each row's mask. [B, T, V], [B, T] -> [B, C]."""
-        return logits[self._masks(input_ids)][:, self.ids]
+    def scores(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the logits of the classes' words for rows without a class.
+
+        Args:
+            logits: the model's logits, [B, T, V].
+            input_ids: the ids of the rows, [B, T]. With `causal`, each row ends before the word.
+            attention_mask: 0 at padding, [B, T]; required with `causal`, which predicts the word at each row's last token.
+
+        Returns:
+            the scores, [B, C].
+
+        Raises:
+            OptionError: a row does not have exactly one mask, or `attention_mask` is missing.
+        """
+        scores: Tensor = logits[self._last(attention_mask) if self.causal else self._masks(input_ids)][:, self.ids]
+        return scores
 
     def scores_at_labels(self, logits: Any, labels: Any) -> Tensor:
         """Return the logits of the classes' words at each row's label, for a Trainer's `preprocess_logits_for_metrics`.
@@ -99,8 +117,13 @@ class Verbalizer:
         """Compute the loss: the mean over the labels, or the sum divided by `num_items_in_batch` if a Trainer passes it.
 
         Raises:
-            OptionError: a label is not the id of a class's word.
+            OptionError: there are no labels, or a label is not the id of a class's word.
         """
+        if labels is None:
+            raise OptionError(
+                "the batch has no `labels`, so the verbalizer cannot compute a loss.",
+                "Make labels with `Layout.mapper(..., verbalizer=)`, from a column with the class of each row.",
+            )
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self.causal:
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -125,16 +148,30 @@ class Verbalizer:
 
     def _masks(self, input_ids: Tensor) -> Tensor:
         if self._mask_id is None:
-            raise OptionError("the verbalizer has no tokenizer with a mask token, so it cannot find the mask of a row.")
+            raise OptionError(
+                "the verbalizer has no tokenizer with a mask token, so it cannot find the mask of a row.",
+                "Pass `tokenizer=`; or, for a causal language model, make the verbalizer with `causal=True`.",
+            )
         remedy = "Write one {mask} in the template, and no mask tokens in the text."
         return _one_per_row(input_ids == self._mask_id, "mask", remedy)
+
+    @staticmethod
+    def _last(attention_mask: Tensor | None) -> Tensor:
+        """Return a mask that is True at each row's last token. [B, T] -> [B, T] bool."""
+        if attention_mask is None:
+            raise OptionError(
+                "`attention_mask` is missing; a verbalizer with `causal=True` needs it to find the last token of each row.",
+                "Call `verbalizer.scores(logits, batch['input_ids'], batch['attention_mask'])`.",
+            )
+        attended = attention_mask.bool()
+        return attended & (attended.flip(-1).cumsum(-1).flip(-1) == 1)
 
 
 def _labels_at(labels: Tensor) -> Tensor:
     """Return a mask that is True at each row's only label. [B, T] -> [B, T] bool."""
     remedy = (
         "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, use "
-        "`verbalizer.scores(logits, input_ids)`."
+        "`verbalizer.scores(logits, input_ids, attention_mask)`."
     )
     return _one_per_row(labels != IGNORE_INDEX, "label that is not -100", remedy)
 

@@ -80,6 +80,7 @@ class ContextAwarePromptTuning(Method):
 
     kind: ClassVar[str] = "context_aware_prompt_tuning"
     optional_columns: ClassVar[dict[str, str]] = {EXAMPLE_IDS: "with `leave_one_out`"}
+    renders_rows: ClassVar[bool] = True
 
     num_virtual_tokens: int = field(default=0, kw_only=True)
     examples: Sequence[Any] | None = field(default=None, kw_only=True, compare=False, repr=False)

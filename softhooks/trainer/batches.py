@@ -1,4 +1,4 @@
-"""Make a Trainer use the method's sampler, and pad and keep the dataset columns that a layout with a template needs.
+"""Make a Trainer use the method's sampler, and pad and keep the columns of rows that a template renders.
 
 The Trainer's default collators do not pad all of these columns, and the Trainer removes those that `Layout.collator` needs. A
 custom collator is not changed.
@@ -51,8 +51,8 @@ def use_sampler(loader: Any, method: Method, seed: int) -> Any:
 
 
 def prepare_template_rows(trainer: Trainer, method: Method) -> None:
-    """Make a Trainer pad and keep the columns that a template needs, whether the dataset or the collator renders the template."""
-    if not method.token_layout.batch_columns:
+    """Make a Trainer pad and keep the columns of rendered rows, whether the dataset or the collator renders the template."""
+    if not method.token_layout.batch_columns and not method.renders_rows:
         return
     collator = trainer.data_collator
     by_default = collator is default_data_collator or (

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import tokens
 import torch
+import zoo
 from torch.nn import functional
 
+import softhooks
 from softhooks import Layout, OptionError, Verbalizer
 
 WORDS = ["no", "yes", "maybe"]
@@ -98,3 +100,70 @@ def test_ids_need_no_tokenizer() -> None:
         Verbalizer(["a", "b"])
     with pytest.raises(OptionError, match="mask token"):
         Verbalizer([7, 9]).scores(torch.randn(1, 2, 10), torch.tensor([[1, 2]]))
+
+
+# --- causal language models -------------------------------------------------------------------------------------------
+
+
+def language_model_words() -> tuple[Any, Verbalizer, Layout]:
+    tokenizer = tokens.merged()  # has no mask token
+    return tokenizer, Verbalizer(["bad", "great"], tokenizer, causal=True), Layout("{a} answer:{soft:2} {mask}")
+
+
+def test_in_a_language_model_the_word_replaces_the_mask() -> None:
+    tokenizer, words, layout = language_model_words()
+    mapper = layout.mapper(tokenizer, verbalizer=words)
+    row, unlabeled = mapper({"a": "the cat", "label": 1}), mapper({"a": "the cat"})
+    length = len(unlabeled["input_ids"])
+    assert row["input_ids"] == [*unlabeled["input_ids"], words.ids[1]]
+    assert row["labels"] == [-100] * length + [words.ids[1]]
+    assert row["soft_slots"] == unlabeled["soft_slots"] == [length] * 2
+    assert "labels" not in unlabeled
+    by_target = Layout("{a} answer:{soft:2} {word}").mapper(tokenizer, target="word")
+    assert by_target({"a": "the cat", "word": "great"}) == row
+
+
+def test_a_row_without_a_class_is_truncated_as_with_one() -> None:
+    tokenizer, words, layout = language_model_words()
+    chat = Layout([{"role": "user", "content": "{a} answer:{soft:2} {mask} ."}])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} end {% endfor %}"
+    for form in (layout, chat):
+        mapper = form.mapper(tokenizer, verbalizer=words, max_length=28)
+        row, unlabeled = mapper({"a": "the cat was great " * 9, "label": 0}), mapper({"a": "the cat was great " * 9})
+        place = row["labels"].index(words.ids[0])
+        assert len(row["input_ids"]) + 2 == 28
+        assert unlabeled["input_ids"] == row["input_ids"][:place]
+        assert unlabeled["attention_mask"] == [1] * place
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_language_model_scores_rows_without_a_class_as_rows_with_one(side: str) -> None:
+    tokenizer, words, layout = language_model_words()
+    tokenizer.padding_side = side
+    collate = layout.collator(tokenizer, verbalizer=words)
+    model = zoo.build("llama", vocab_size=len(tokenizer))
+    rows = [{"a": "the cat", "label": 1}, {"a": "a red dog was great", "label": 0}]
+    with softhooks.attach(model, softhooks.PTuning(layout=layout)), torch.no_grad():
+        labeled = collate(rows)
+        labels = labeled.pop("labels")
+        expected = words.scores_at_labels(model(**labeled).logits, labels)
+        batch = collate([{"a": row["a"]} for row in rows])
+        scores = words.scores(model(**batch).logits, batch["input_ids"], batch["attention_mask"])
+    assert "labels" not in batch
+    torch.testing.assert_close(scores, expected)
+
+
+def test_messages_for_language_models() -> None:
+    tokenizer, words, layout = language_model_words()
+    with pytest.raises(OptionError, match=r"no mask token(.|\n)*causal=True"):
+        layout.mapper(tokenizer)({"a": "the cat"})
+    with pytest.raises(OptionError, match=r"after \{mask\}(.|\n)*Write \{mask\} after all"):
+        Layout("{a} {mask} {soft:2}").mapper(tokenizer, verbalizer=words)
+    with pytest.raises(OptionError, match="attention_mask"):
+        words.scores(torch.randn(1, 2, len(tokenizer)), torch.tensor([[1, 2]]))
+    with pytest.raises(OptionError, match="has no `labels`"):
+        words({"logits": torch.randn(1, 2, len(tokenizer))}, None)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="index of its word"):
+        layout.mapper(tokenizer, verbalizer=words)({"a": "the cat", "label": "yes"})
+    with pytest.raises(OptionError, match=r"others have none(.|\n)*without: *1"):
+        layout.collator(tokenizer, verbalizer=words)([{"a": "the cat", "label": 1}, {"a": "the dog"}])

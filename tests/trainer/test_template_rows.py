@@ -158,6 +158,53 @@ def test_a_language_model_that_predicts_a_field(tmp_path: Path, form: str, way: 
     assert loss == pytest.approx(float(sum(by_hand) / 2), rel=1e-4)
 
 
+@each_way
+def test_a_language_model_with_classes_as_words(tmp_path: Path, way: str) -> None:
+    tokenizer, layout = tokens.merged(), Layout("{premise} question : {hypothesis} ? {soft:3} answer : {mask}")
+    words = Verbalizer(["bad", "great"], tokenizer, causal=True)
+    rows, more = rows_and_collator(layout, tokenizer, "list", way, verbalizer=words)
+    trainer = tf.Trainer(
+        zoo.build("llama", vocab_size=len(tokenizer)),
+        arguments(tmp_path),
+        train_dataset=rows,
+        compute_loss_func=words,
+        preprocess_logits_for_metrics=words.scores_at_labels,
+        callbacks=[SoftPromptCallback(PTuning(layout=layout))],
+        **more,
+    )
+    predicted = trained(trainer).predict(rows)
+    assert words.classes(predicted.label_ids).tolist() == [0, 1, 0, 1]
+    batch = layout.collator(tokenizer, verbalizer=words)([{**row, "label": None} for row in ROWS])
+    with torch.no_grad():
+        scores = words.scores(trainer.model.eval()(**batch).logits, batch["input_ids"], batch["attention_mask"])
+    np.testing.assert_allclose(predicted.predictions, scores.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_default_collators_pad_the_rows_of_a_few_shot_context(tmp_path: Path, named: bool) -> None:
+    """`ContextAwarePromptTuning.render` gives rows of different lengths, with a label for each token."""
+    tokenizer = tokens.merged()
+    shots = [{"text": "the cat was great", "label": "great"}, {"text": "it was", "label": "bad"}]
+    method = softhooks.ContextAwarePromptTuning(
+        examples=shots, template="Text: {text} Answer: {label}", tokenizer=tokenizer, leave_one_out=True
+    )
+    rows = [method.render(shot) for shot in shots]
+    trainer = tf.Trainer(
+        zoo.build("llama", vocab_size=len(tokenizer)),
+        arguments(tmp_path),
+        train_dataset=rows,
+        callbacks=[SoftPromptCallback(method)],
+        processing_class=tokenizer if named else None,
+    )
+    trained(trainer)
+    expected = tf.DataCollatorForSeq2Seq(tokenizer)(rows)
+    found = trainer.data_collator(rows)
+    kept = expected["attention_mask"].bool()
+    for name in ("attention_mask", "labels", "example_ids"):
+        assert torch.equal(found[name], expected[name]), name
+    assert torch.equal(found["input_ids"][kept], expected["input_ids"][kept])
+
+
 def test_both_ways_train_the_same(tmp_path: Path) -> None:
     losses = []
     for number, (way, form, named) in enumerate((w, f, n) for w in WAYS for f in FORMS for n in (False, True)):
