@@ -83,10 +83,11 @@ class PaddedRows:
         """Pad columns whose entries differ in length, and call the default collator."""
         rows = [dict(row) if isinstance(row, Mapping) else dict(vars(row)) for row in features]
         ragged = {name for name in rows[0] if len({_length(row.get(name)) for row in rows}) > 1}
+        by_tokenizer = isinstance(self.default, DataCollatorWithPadding)
+        if by_tokenizer and (ragged or "labels" in rows[0]):
+            return self._by_tokenizer(rows)
         if not ragged:
             return self.default(features)
-        if isinstance(self.default, DataCollatorWithPadding):
-            return self._by_tokenizer(rows)
         for name in ragged:
             fill = self.pad_token_id if name == "input_ids" else _FILL.get(name, 0)
             longest = max(_length(row[name]) for row in rows)

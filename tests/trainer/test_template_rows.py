@@ -244,6 +244,20 @@ def test_the_tokenizer_of_the_trainer_pads_at_its_own_side(tmp_path: Path, side:
         assert torch.equal(batch[name], value), name
 
 
+def test_rows_of_one_length_keep_the_labels_of_their_words(tmp_path: Path) -> None:
+    """A tokenizer's collator would replace `labels` by the column `label`, the index of the class."""
+    tokenizer, layout = tokens.masked(), Layout(TEMPLATE)
+    rows, _ = rows_and_collator(layout, tokenizer, "list", "mapped", verbalizer=Verbalizer(["yes", "no"], tokenizer))
+    callbacks = [SoftPromptCallback(PTuning(layout=layout))]
+    trainer = tf.Trainer(
+        zoo.build("bert", "masked"), arguments(tmp_path), processing_class=tokenizer, callbacks=callbacks
+    )
+    row = {name: value for name, value in rows[0].items() if not isinstance(value, str)}
+    batch = trainer.data_collator([row])
+    assert batch["labels"].tolist() == [row["labels"]]
+    assert "label" not in batch
+
+
 def test_a_collator_of_the_scripts_own_is_left_alone(tmp_path: Path) -> None:
     layout, tokenizer = Layout(TEMPLATE), tokens.masked()
     own = tf.DataCollatorWithPadding(tokens.masked())
