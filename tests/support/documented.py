@@ -92,6 +92,14 @@ def masked() -> dict[str, Any]:
     return {"model": zoo.build("bert", "masked"), "tokenizer": tokenizer, "dataset": datasets.Dataset.from_list(rows)}
 
 
+def masked_and_causal() -> dict[str, Any]:
+    """The same, and a causal model with a tokenizer that has no mask token and knows the words of the classes."""
+    tokenizer = tokens.merged()
+    tokenizer.add_tokens([" no", " yes"])
+    llama = zoo.build("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    return masked() | {"llama": llama, "llama_tokenizer": tokenizer}
+
+
 def tagging() -> dict[str, Any]:
     """A model with a new tagging head, and the tags of a text."""
     ids = zoo.text(2, 6)
@@ -106,7 +114,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/examples.md": language_model,
     "docs/guarantees.md": language_model,
     "docs/how-it-works.md": language_model,
-    "docs/layouts.md": masked,
+    "docs/layouts.md": masked_and_causal,
     "docs/methods.md": methods,
     "docs/methods/cartridges.md": language_model,
     "docs/methods/context-aware-prompt-tuning.md": language_model,
