@@ -5,8 +5,8 @@ python examples/few_shot_p_tuning.py --shots 32 --steps 120
 """
 
 # %% [markdown]
-# The template puts virtual tokens (`{soft:8}`) around the text and ends with the word to predict. The verbalizer compares
-# only the words of the classes, so the model chooses among them.
+# The template puts virtual tokens (`{soft:8}`) around the text and ends with the word to predict (`{mask}`). The verbalizer
+# compares only the words of the classes, so the model chooses among them.
 
 # %%
 import argparse
@@ -32,15 +32,15 @@ set_seed(0)
 CLASSES = ["email", "http", "logging", "xml"]
 model_path = options.model or smollm2(Console()).path
 tokenizer = AutoTokenizer.from_pretrained(model_path)
-layout = Layout("{soft:8} {text}\nPackage:{soft:2} {package}")
+layout = Layout("{soft:8} {text}\nPackage:{soft:2} {mask}")
 words = Verbalizer(CLASSES, tokenizer, causal=True)
 
 
 def encode(rows, per_class):
-    """Fill the template with the first rows of each class; the labels are the ids of the word at the end."""
+    """Fill the template with the first rows of each class; the mapper makes labels of the column `label`."""
     chosen = [row for name in CLASSES for row in [row for row in rows if row.package == name][:per_class]]
-    fields = Dataset.from_list([{"text": row.text, "package": row.package} for row in chosen])
-    return fields.map(layout.mapper(tokenizer, max_length=96, target="package"), remove_columns=["text", "package"])
+    fields = Dataset.from_list([{"text": row.text, "label": CLASSES.index(row.package)} for row in chosen])
+    return fields.map(layout.mapper(tokenizer, max_length=96, verbalizer=words))
 
 
 train_rows, test_rows = split(read_corpus().rows, 0.3, seed=0)
@@ -61,13 +61,19 @@ trainer = Trainer(
     train_dataset=train,
     eval_dataset=test,
     processing_class=tokenizer,
-    data_collator=layout.collator(tokenizer),
     compute_loss_func=words,
     preprocess_logits_for_metrics=words.scores_at_labels,
     callbacks=[SoftPromptCallback(PTuning(layout=layout, tokenizer=tokenizer))],
 )
 trainer.train()
 trainer.save_model(options.output)
+
+# %%
+# A row without a class ends where the model predicts the word.
+rows = layout.collator(tokenizer, max_length=96, verbalizer=words)([{"text": "Return the sender of the message."}])
+batch = {name: values.to(model.device) for name, values in rows.items()}
+scores = words.scores(model(**batch).logits, batch["input_ids"], batch["attention_mask"])
+print(f"a new text belongs to {CLASSES[int(scores.argmax())]}")
 output = trainer.predict(test)
 accuracy = (output.predictions.argmax(-1) == words.classes(output.label_ids).numpy()).mean()
 print(f"accuracy {accuracy:.3f} on {len(test)} rows, {1 / len(CLASSES):.3f} by chance")

@@ -28,7 +28,7 @@ SCRIPTS = {
         "soft_prompt.safetensors",
     ),
     "chat_sft_trl": (("trl",), ["--steps", "2", "--tests", "2"], "answered with the right package", "soft_prompt.json"),
-    "cpt": ((), ["--shots", "2", "--epochs", "1", "--tests", "2"], "after training", "soft_prompt.safetensors"),
+    "cpt": ((), ["--shots", "2", "--steps", "1", "--tests", "2"], "after training", "soft_prompt.safetensors"),
     "dpo_trl": (("trl",), ["--steps", "2", "--tests", "4"], "of the test rows", "soft_prompt.safetensors"),
     "few_shot_p_tuning": ((), ["--steps", "2", "--shots", "2", "--tests", "2"], "on 8 rows", "soft_prompt.safetensors"),
     "serving": ((), ["--steps", "2"], "embeddings for vLLM", "request.json"),
