@@ -217,7 +217,7 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     context = selection.given.get(CONTEXT)
     if context is not None and context.shape[0] != batch:
         raise UnsupportedModeError(
-            f"`{CONTEXT}` has {context.shape[0]} entries for a batch of {batch} rows; it must have one for each row.",
+            f"`{CONTEXT}` has length {context.shape[0]} for a batch of {batch} rows; it must have one entry for each row.",
             f"Pass one context for each row in `{CONTEXT}`, in the order of the rows.",
         )
     choice = selection.choice_of_prompts()

@@ -156,7 +156,7 @@ def test_a_context_under_activation_checkpointing() -> None:
 
 
 WRONG = {
-    "another batch": (torch.ones(2, 32), r"2 entries for a batch of 3 rows"),
+    "another batch": (torch.ones(2, 32), r"length 2 for a batch of 3 rows"),
     "another width": (torch.ones(3, 31), r"one vector(.|\n)*\[3, 31\](.|\n)*\[B, 32\] or \[B, 3, 32\]"),
     "other tokens": (torch.ones(3, 2, 32), r"\[3, 2, 32\]"),
     "four dimensions": (torch.ones(3, 1, 1, 32), r"\[3, 1, 1, 32\]"),
