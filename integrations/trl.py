@@ -176,14 +176,17 @@ def _with_checked_reference(original: Callable[..., Any]) -> Callable[..., Any]:
 def _without_prompt(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     @functools.wraps(original)
     def compute_ref_log_probs(self: Any, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
-        if prompted_model_of(self.model) is None:
+        prompted = prompted_model_of(self.model)
+        if prompted is None:
             return original(self, model, inputs)
         _refuse_trainable_reference(self)
         if self.ref_model is not None:
             return original(self, model, inputs)
         if self.state.global_step:
             require_fixed(self.model, None)
-        with disabled(self.model), eval_mode(self.model):
+        # No other thread may run the model meanwhile, because the mode of its modules changes.
+        alone = prompted.running.exclusive("the forward of a reference model", lambda: bool(self.model.training))
+        with alone, disabled(self.model), eval_mode(self.model):
             return original(self, model, inputs)
 
     return compute_ref_log_probs

@@ -43,7 +43,7 @@ class RunningCalls:
         # Held weakly, so that a call that has died in a thread is forgotten with the thread.
         self._outermost: weakref.WeakSet[Call] = weakref.WeakSet()
         self._exclusive: Call | None = None  # the innermost call of the thread that has the model alone
-        self._waiting = 0  # the number of exclusive calls that wait
+        self._waiting: set[Call] = set()  # the exclusive calls that wait
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> RunningCalls:
         return RunningCalls(self.active)
@@ -154,16 +154,17 @@ class RunningCalls:
     def _wait(self, call: Call, is_exclusive: bool) -> None:
         """Wait until the call may run."""
         with self._changed:
-            self._waiting += is_exclusive
             try:
+                if is_exclusive:
+                    self._waiting.add(call)
                 while (other := self._obstacle(is_exclusive)) is not None or self._gives_way(is_exclusive):
                     if other is not None and is_autograd_thread():
                         # It may not wait: the other thread may need this thread for a backward of its own.
                         raise other.refusal(call.what)
                     self._changed.wait(_POLL)
             finally:
-                self._waiting -= is_exclusive
                 if is_exclusive:
+                    self._waiting.discard(call)
                     self._changed.notify_all()
             call.active = self.active  # another thread may have attached a prompt meanwhile
             self._outermost.add(call)
@@ -172,9 +173,9 @@ class RunningCalls:
 
     def _obstacle(self, is_exclusive: bool) -> Call | None:
         """Return a call of another thread that a call of this thread cannot run beside, or None."""
-        while (holder := self._exclusive) is not None and not holder.runs():
+        while (holder := self._exclusive) is not None and holder.thread is not this_thread() and holder.has_died():
             self._exclusive = holder.outer
-            holder.close()
+            self._restore(holder)
         if holder is not None:
             return None if holder.thread is this_thread() or holder.runs_backward_here() else holder
         if not is_exclusive:
@@ -184,14 +185,25 @@ class RunningCalls:
 
     def _gives_way(self, is_exclusive: bool) -> bool:
         """Whether a new call lets a waiting exclusive call go first. A backward does not: a running call may wait for it."""
-        return not is_exclusive and self._waiting > 0 and torch._C._current_graph_task_id() == -1
+        return not is_exclusive and bool(self._waiting) and torch._C._current_graph_task_id() == -1
 
     def _leave(self, call: Call) -> None:
         """End the innermost call of this thread."""
         self._own.innermost = call.outer
-        call.close()
-        if call.outer is None or call.is_exclusive:
-            self._release(call)
+        try:
+            call.close()
+            self._restore(call)
+        finally:
+            if call.outer is None or call.is_exclusive:
+                self._release(call)
+
+    def _restore(self, call: Call) -> None:
+        """Undo the call's changes of the model, unless another thread has already done so."""
+        if call.restores:
+            with self._changed:
+                restores, call.restores = call.restores, []
+            while restores:
+                restores.pop()()
 
     def _release(self, call: Call) -> None:
         with self._changed:

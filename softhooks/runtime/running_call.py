@@ -68,7 +68,8 @@ class Call:
         skips_objective: whether forwards inside the call run without an objective.
         prefilled: the keys and values that the call computed for each prompt, by `id(prompt)`.
         opened: the pass of a stack's forward, or None.
-        cleanups: functions that undo the call's changes, to be called in reverse order.
+        cleanups: functions that end what the call has begun in its thread, to be called in reverse order.
+        restores: functions that undo the call's changes of the model, to be called in reverse order.
     """
 
     holder: object
@@ -89,6 +90,7 @@ class Call:
     prefilled: dict[int, dict[Any, KeyValues]] = field(default_factory=dict)
     opened: Pass | None = None
     cleanups: list[Callable[[], object]] = field(default_factory=list)
+    restores: list[Callable[[], object]] = field(default_factory=list)
     thread: object = field(default_factory=this_thread)
     ident: int = field(default_factory=threading.get_ident)
 
@@ -108,8 +110,16 @@ class Call:
         frame = self.frame
         if frame is None or self.thread is this_thread():
             return self.runs_here()
+        return self._is_on_its_stack(frame)
+
+    def _is_on_its_stack(self, frame: FrameType) -> bool:
         # Another thread's stack can change during the search and hide the frame, so search twice.
         return any(_is_on_stack(frame, sys._current_frames().get(self.ident)) for _ in range(2))
+
+    def has_died(self) -> bool:
+        """Return whether the call of another thread has ended without its last hook; False while its thread is ending it."""
+        frame = self.frame
+        return frame is not None and not self._is_on_its_stack(frame) and self.frame is frame
 
     def runs_here(self) -> bool:
         """The same, for a call of this thread."""
@@ -134,7 +144,7 @@ class Call:
         )
 
     def close(self) -> None:
-        """Undo what the call has changed."""
+        """End what the call has begun in this thread."""
         self.frame = None
         while self.cleanups:
             self.cleanups.pop()()

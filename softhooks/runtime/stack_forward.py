@@ -95,7 +95,7 @@ def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
 
     call = prompted.running.call
     assert call is not None
-    call.cleanups.append(restore)
+    call.restores.append(restore)
     for module in training:
         module.training = False
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -245,3 +247,30 @@ def test_a_training_forward_that_changes_the_model_runs_alone(kind: str) -> None
     assert not isinstance(first.result, Exception), first.result
     for one, other in zip(first.result, expected, strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+def test_many_forwards_beside_forwards_that_change_the_model() -> None:
+    model, interval = zoo.build("llama").train(), sys.getswitchinterval()
+    prompts = [softhooks.attach(model, PrefixTuning(3), name, freeze_dropout=True) for name in ("a", "b")]
+    texts = [zoo.text(1, 4 + number, seed=number) for number in range(4)]
+
+    def train(number: int) -> list[Tensor]:
+        with softhooks.rows(model, ["ab"[number % 2]]), torch.enable_grad():
+            loss = model(texts[number]).logits.square().sum()
+        return list(torch.autograd.grad(loss, list(prompts[number % 2].encoder.parameters())))
+
+    def infer(number: int) -> list[Tensor]:
+        with softhooks.disabled(model), torch.no_grad():
+            return [model(texts[number]).logits]
+
+    calls = [lambda number=number, call=call: call(number) for call in (train, infer) for number in range(4)]
+    expected = [call() for call in calls]
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda call: [call() for _ in range(6)], calls))
+    finally:
+        sys.setswitchinterval(interval)
+    for each, right in zip(found, expected, strict=True):
+        assert all(torch.equal(one, other) for one_call in each for one, other in zip(one_call, right, strict=True))
+    assert all(module.training for module in model.modules())
