@@ -15,7 +15,7 @@ from softhooks.runtime.servable import required_columns
 
 _REMEDY = "Serve this prompt with `softhooks.integrations.transformers_serve`."
 
-MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "qwen3")
+MODEL_TYPES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
 """The model types on which servers were compared with transformers."""
 
 

@@ -1,4 +1,4 @@
-"""Requests for vLLM have its published fields (published.json); vLLM itself needs a GPU and is not run."""
+"""Requests for vLLM have its published fields (published.json); `make test-vllm` runs vLLM itself."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_field_that_is_not_published_is_noticed() -> None:
         read(json.dumps(vllm.request("the/model", torch.randn(3, 32), max_new_tokens=4)), FIELDS)
 
 
-@pytest.mark.skipif(not is_installed("vllm"), reason="vLLM needs a GPU")
+@pytest.mark.skipif(not is_installed("vllm"), reason="vLLM has an environment of its own")
 def test_the_record_is_what_vllm_publishes() -> None:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 

@@ -38,6 +38,10 @@ _WINDOWS = {
 CONFIGS: dict[str, tf.PretrainedConfig] = {
     "llama": tf.LlamaConfig(**SIZES),
     "qwen3": tf.Qwen3Config(**SIZES),
+    "qwen2": tf.Qwen2Config(**SIZES),
+    "mistral": tf.MistralConfig(**{**SIZES, "sliding_window": 64}),
+    "granite": tf.GraniteConfig(**SIZES, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.1),
+    "phi3": tf.Phi3Config(**SIZES),
     "gemma2": tf.Gemma2Config(**{**SIZES, **_WINDOWS}),
     "gemma3": tf.Gemma3TextConfig(**{**SIZES, **_WINDOWS}),
 }
@@ -53,11 +57,12 @@ class Answer:
 
 @dataclass
 class Prompted:
-    """A saved model, and its answers with each prompt (or with none) to each text."""
+    """A saved model, its answers with each prompt (or with none) to each text, and prompt and text as embeddings."""
 
     model: str
     prompts: Path
     answers: dict[tuple[str | None, tuple[int, ...]], Answer] = field(default_factory=dict)
+    rows: dict[tuple[str, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
 
 def methods(windowed: bool) -> dict[str, softhooks.Method]:
@@ -98,8 +103,11 @@ def answer(model: Any, text: tuple[int, ...]) -> Answer:
     return Answer(new, [float(score[token]) for score, token in zip(scores, new, strict=True)])
 
 
-def prepare(model: Any, folder: Path, lengths: tuple[int, ...] = (1, 7, 33, 90)) -> Prompted:
-    """Save a model, and its prompts as `softhooks export` writes them; compute the answers with transformers."""
+def prepare(model: Any, folder: Path, lengths: tuple[int, ...] = (1, 7, 33, 90), noise: float = 0.5) -> Prompted:
+    """Save a model, and its prompts as `softhooks export` writes them; compute the answers with transformers.
+
+    `noise` is added to the initial prompts, relative to the mean of their absolute values.
+    """
     torch.manual_seed(0)
     model.eval().save_pretrained(folder / "model")
     made = Prompted(str(folder / "model"), folder / "prompts")
@@ -107,16 +115,16 @@ def prepare(model: Any, folder: Path, lengths: tuple[int, ...] = (1, 7, 33, 90))
     for name, method in methods(windowed=bool(getattr(model.config, "sliding_window", None))).items():
         with softhooks.attach(model, method, name=name) as prompt, torch.no_grad():
             for parameter in prompt.encoder.parameters():
-                parameter.add_(torch.randn_like(parameter) * parameter.abs().mean(), alpha=0.5)
+                parameter.add_(torch.randn_like(parameter) * parameter.abs().mean(), alpha=noise)
             vllm.export(model, made.prompts, name)
             made.answers |= {(name, text): answer(model, text) for text in given}
+            if method.enters == "embeddings":
+                made.rows |= {(name, text): vllm.embeddings(model, list(text)) for text in given}
     made.answers |= {(None, text): answer(model, text) for text in given}
     assert (
         len({tuple(found.tokens) for found in made.answers.values()}) > len(made.answers) * 0.9
     )  # every prompt matters
-    assert (
-        sum(min(found.logprobs) < -0.5 for found in made.answers.values()) > len(made.answers) / 2
-    )  # and few are certain
+    assert sum(min(found.logprobs) < -0.5 for found in made.answers.values()) > len(made.answers) / 2
     return made
 
 
