@@ -74,6 +74,7 @@ def require_configuration(config: Any) -> None:
         "kv_cache_dtype": (config.cache_config.cache_dtype, _CACHES),
         "kv_load_failure_policy": (config.kv_transfer_config.kv_load_failure_policy, ("fail",)),
         "runner_type": (model.runner_type, ("generate",)),
+        "hf_overrides": (model.hf_overrides or None, (None,)),  # could change the rotary frequencies of the text's keys
     }
     wrong = {name: value for name, (value, allowed) in found.items() if value not in allowed}
     if wrong:

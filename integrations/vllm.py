@@ -10,8 +10,8 @@ The connector serves prefix tuning, P-tuning v2, cartridges, context tuning, and
 error: releases of vLLM other than 0.32.0; models other than Llama, Mistral, Qwen2, Qwen3, Phi-3, Granite, Gemma 2 and Gemma 3
 (text); gated branches, trained heads, slots within the text, prefixes in only some layers or that do not shift positions, and
 multitask prompts with several tasks; prefixes with `windowed=False` under a sliding window; pipeline and context parallelism,
-speculative decoding and quantized caches. Requests with an unknown name, `prompt_logprobs`, beam search, LoRA, images or too
-long a text are answered with status 400.
+speculative decoding, quantized caches and `hf_overrides`. Requests with an unknown name, `prompt_logprobs`, beam search, LoRA,
+images or too long a text are answered with status 400.
 
 `embeddings` computes the embeddings of prompt and text together. Pass them to `generate` of `LLM(...,
 enable_prompt_embeds=True)` as `{"prompt_embeds": rows}`. For a server started with `vllm serve MODEL --enable-prompt-embeds`,

@@ -241,6 +241,7 @@ def test_the_index_of_a_layer() -> None:
         ({"cache_dtype": "fp8"}, "kv cache dtype: +fp8"),
         ({"policy": "recompute"}, "kv load failure policy: +recompute"),
         ({"runner": "pooling"}, "runner type: +pooling"),
+        ({"overrides": {"rope_parameters": {"rope_type": "yarn"}}}, "hf overrides: +.*yarn"),
         ({"model_type": "deepseek_v3"}, "prompts for the model type 'deepseek_v3'"),
         ({"mla": True}, "prompts for the model type 'llama'"),
     ],
