@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from benchmarks.quality.inputs import DecoderInputs, EncoderInputs
 from benchmarks.quality.task import Row
+from softhooks.compat.cache_argument import CACHE
 from softhooks.demo.language_model.predict import follow_context
 
 BATCH = 16
@@ -41,7 +42,7 @@ def score_decoder(model: Any, inputs: DecoderInputs, rows: Sequence[Row], contex
     """
     model.eval()
     questions = [inputs.question_ids(row) for row in rows]
-    cache = model(input_ids=torch.tensor([context]), use_cache=True).past_key_values if context else None
+    cache = model(input_ids=torch.tensor([context]), use_cache=True)[CACHE] if context else None
     scores: dict[int, float] = {}
     for indices in by_length([len(ids) for ids in questions]):
         ids = torch.tensor([questions[index] for index in indices])
@@ -78,7 +79,7 @@ def _generate(
         call = {
             "input_ids": torch.cat([repeated, call["input_ids"]], dim=1),
             "attention_mask": torch.cat([torch.ones_like(repeated), call["attention_mask"]], dim=1),
-            "past_key_values": follow_context(cache, call["attention_mask"], len(context))["past_key_values"],
+            CACHE: follow_context(cache, call["attention_mask"], len(context))[CACHE],
         }
     output = model.generate(
         **call,

@@ -19,6 +19,7 @@ from softhooks.backbone.probing import FORWARD_ERRORS, are_close, last_hidden_st
 from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.backbone.stack import Role, Site, Stack
 from softhooks.backbone.windows import hides_distant, shortened_window
+from softhooks.compat.cache_argument import cache_name
 from softhooks.patching.patches import Patches
 
 
@@ -64,7 +65,7 @@ def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord
         stack.sites = _sites(stack, _inline_records(stack, inputs), ids.shape[1])
         if stack.sites:
             stack.injection = "written_out"
-        elif "past_key_values" in stack.parameters and stack.causal:
+        elif cache_name(stack.parameters) is not None and stack.causal:
             _find_cache_sites(stack, ids)
 
 
@@ -166,7 +167,7 @@ def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
     with _running_module(stack.module) as running:
         cache = RecordingCache(running)
         try:
-            stack.module(input_ids=ids, past_key_values=cache, use_cache=True)
+            stack.module(**{"input_ids": ids, "use_cache": True, str(cache_name(stack.parameters)): cache})
         except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError):
             return  # The model does not accept this cache, so it has no sites, and methods that need sites refuse it.
     for layer, (key, value) in sorted(cache.recorded.items()):

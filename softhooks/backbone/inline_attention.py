@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softhooks.backbone.forward_pass import AttentionFunction
 from softhooks.backbone.stack import Site
 from softhooks.backbone.stack_state import RunningPass
+from softhooks.compat.cache_argument import cache_in
 from softhooks.errors import UnsupportedModeError
 
 FamilyForward = Callable[[nn.Module, dict[str, Any], AttentionFunction], Any]
@@ -67,7 +68,7 @@ def inline_attention(
 
 def _bert(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
     """Compute the attention of MegatronBERT, RemBERT and RoFormer, with rotary positions and a cache if they are passed."""
-    states, cache = call["hidden_states"], call.get("past_key_values")
+    states, cache = call["hidden_states"], cache_in(call)
     shape = (*states.shape[:-1], -1, module.attention_head_size)
     query, key, value = (part(states).view(shape).transpose(1, 2) for part in (module.query, module.key, module.value))
     angles = call.get("sinusoidal_pos")

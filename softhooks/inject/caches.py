@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from softhooks.compat.cache_argument import cache_in
 from softhooks.errors import UnsupportedModeError
 
 
 def cache_of(call: dict[str, Any]) -> Any:
-    """Return the cache in the arguments of a stack's forward: `past_key_values`, or `cache_params` in recurrent models.
+    """Return the cache in the arguments of a stack's forward.
 
     RWKV's state is refused: it is a list of tensors, and the prompt that it was computed with cannot be recorded on a list.
     """
@@ -21,8 +22,7 @@ def cache_of(call: dict[str, Any]) -> Any:
             "computed with the prompt.",
             "Generate with `use_cache=False`.",
         )
-    cache = call.get("past_key_values")
-    return call.get("cache_params") if cache is None else cache
+    return cache_in(call)
 
 
 def is_recurrent(cache: Any) -> bool:

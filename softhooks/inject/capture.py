@@ -13,6 +13,7 @@ from softhooks.backbone.probing import eval_mode, last_hidden_state
 from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
 from softhooks.backbone.windows import window_of
+from softhooks.compat.cache_argument import set_cache
 from softhooks.compat.offload import device_of
 from softhooks.inject.prefix.key_values import KeyValues, flatten
 from softhooks.inject.prefix.paged_cache import attend_alone
@@ -60,7 +61,7 @@ def capture(stack: Stack, inputs: dict[str, Any], rows: Tensor | None = None) ->
         inputs["use_cache"] = False
     cache = RecordingCache() if stack.injection == "cache" else None
     if cache is not None:
-        inputs["past_key_values"] = cache
+        set_cache(inputs, cache, stack.parameters)
     forward_pass = CapturePass(stack, rows)
     with stack.state.running(forward_pass):
         state = last_hidden_state(stack.module(**inputs))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from softhooks.backbone.stack import Stack
+from softhooks.compat.cache_argument import CACHE, NAMES
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.cache_notes import note_on
 from softhooks.inject.caches import cache_of, is_filled
@@ -20,7 +21,7 @@ from softhooks.inject.prefix.paged_cache import paged_cache
 
 _HARMLESS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
-    *("past_key_values", "cache_params", "state", "use_cache"),
+    *(*NAMES, "state", "use_cache"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # the starts of packed documents
     *("per_layer_inputs", "ple_input_ids"),  # for text tokens; virtual tokens get the values of their placeholder ids
     *("visual_pos_masks", "deepstack_visual_embeds", "vision_mask", "deepstack_features"),  # for the tokens of an image
@@ -37,11 +38,11 @@ def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> 
     cache = cache_of(call)
     if is_filled(cache):
         # The virtual tokens were already computed when the cache was filled, with or without sharing.
-        return ["past_key_values, which contain the prompt's slots"] if note_on(cache).slots is not None else []
+        return [f"{CACHE}, which contain the prompt's slots"] if note_on(cache).slots is not None else []
     found = [name for name, value in call.items() if value is not None and name not in _HARMLESS]
     found = [name for name in found if not _same(call[name], stack.compared_arguments.get(name))]
     if isinstance(cache, EncoderDecoderCache) and is_filled(cache.cross_attention_cache):
-        found.append("past_key_values, which contain an encoder's states")
+        found.append(f"{CACHE}, which contain an encoder's states")
     changes = stack.positions.dynamic_rope_length
     if changes is not None and length + _text_length(call) > changes:
         found.append(f"more than {changes} positions, above which the rotary frequencies of all positions change")

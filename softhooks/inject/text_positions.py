@@ -10,8 +10,9 @@ from torch import Tensor
 
 from softhooks.backbone.max_positions import warn_beyond
 from softhooks.backbone.stack import Stack
+from softhooks.compat.cache_argument import cache_in
 from softhooks.errors import PromptNotReachedError, PromptTooLongError, UnsupportedModeError
-from softhooks.inject.caches import cache_of, is_filled
+from softhooks.inject.caches import cache_of, is_filled, is_recurrent
 from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.layout.layout import text_positions
 
@@ -47,8 +48,8 @@ def _text(call: dict[str, Any]) -> Any:
 
 def past_of(call: dict[str, Any]) -> Any:
     """Return the length of the cache."""
-    cache = call.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
+    cache = cache_in(call)
+    return 0 if cache is None or is_recurrent(cache) else cache.get_seq_length()
 
 
 def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:

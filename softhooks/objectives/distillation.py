@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softhooks.backbone.heads import is_causal_lm
 from softhooks.backbone.probing import eval_mode
+from softhooks.compat.cache_argument import NAMES
 from softhooks.compat.sharding import gather_root
 from softhooks.errors import UnsupportedModeError
 from softhooks.layout.tokenizing import IGNORE_INDEX
@@ -151,7 +152,7 @@ def _labeled(prompt: PromptOnModel, call: dict[str, Any]) -> Tensor:
 
 def _check(call: dict[str, Any]) -> None:
     mask, labels = call.get("attention_mask"), call["labels"]
-    computed = [name for name in ("past_key_values", "encoder_outputs") if call.get(name) is not None]
+    computed = [name for name in (*NAMES, "encoder_outputs") if call.get(name) is not None]
     if computed:
         raise UnsupportedModeError(
             f"the call has {' and '.join(computed)}; teacher and student must both read the whole text.",

@@ -12,6 +12,7 @@ from softhooks.backbone.heads import is_causal_lm
 from softhooks.backbone.module_walk import every_tensor
 from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import Role, Stack
+from softhooks.compat.cache_argument import CACHE, cache_in
 from softhooks.errors import UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.capture import key_values_of
 from softhooks.inject.prefix.key_values import KeyValues, split
@@ -74,9 +75,9 @@ class SelfDistillation(Objective):
 
     def _teach(self, prompt: PromptOnModel, call: dict[str, Any], compared: Tensor) -> Tensor:
         """Compute the teacher's logits for the labeled tokens, [N, V]."""
-        if call.get("past_key_values") is not None:
+        if cache_in(call) is not None:
             raise UnsupportedModeError(
-                "the call has `past_key_values`, but self-distillation must run each sequence from its start. Train without them."
+                f"the call has `{CACHE}`, but self-distillation must run each sequence from its start. Train without them."
             )
         inputs = {key: value for key, value in call.items() if key not in _STUDENT_ONLY}
         with eval_mode(prompt.model), prompt.without_objective():

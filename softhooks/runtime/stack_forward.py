@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
+from softhooks.compat.cache_argument import cache_in
 from softhooks.inject.cache_notes import require_own_cache, require_same_prompt, require_unchanged
 from softhooks.inject.caches import cache_of
 from softhooks.inject.prefix.packed_documents import check_of_documents, document_numbers, require_masks
@@ -35,7 +36,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
     """
     in_use = prompted.is_in_use
     prompted.recompute_check.note(prompted.selection_text if in_use else "none", stack.module.training)
-    cache, paged = cache_of(call) if in_use else call.get("past_key_values"), paged_cache(call)
+    cache, paged = cache_of(call) if in_use else cache_in(call), paged_cache(call)
     if not in_use:
         require_own_cache(cache, None)
     prompted.refuse_unused(call, stack.parameters)

@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from softhooks.compat.cache_argument import CACHE
 from softhooks.demo.corpus import Row
 from softhooks.demo.language_model.accuracy import accuracy
 from softhooks.demo.language_model.task import Task
@@ -81,7 +82,7 @@ def predict(
     context = task.start_ids(context)
     cache = None
     if context:
-        cache = model(torch.tensor([context], device=model.device), use_cache=True).past_key_values
+        cache = model(torch.tensor([context], device=model.device), use_cache=True)[CACHE]
     logits = []
     for start in track(range(0, len(rows), batch_size), description, transient=True):
         batch = rows[start : start + batch_size]
@@ -99,7 +100,7 @@ def follow_context(cache: DynamicCache, mask: Tensor, length: int) -> dict[str, 
     copied.batch_repeat_interleave(len(mask))
     whole = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
     positions = (whole.cumsum(1) - 1)[:, length:]
-    return {"past_key_values": copied, "attention_mask": whole, "position_ids": positions}
+    return {CACHE: copied, "attention_mask": whole, "position_ids": positions}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from softhooks.backbone.stack import Site, Stack
+from softhooks.compat.cache_argument import NAMES, cache_in, set_cache
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.checkpointing import CacheFlag, replace_once
 from softhooks.inject.prefix.key_values import KeyValues
@@ -35,7 +36,7 @@ class CachePass(PrefixPass):
 
     def __init__(self, stack: Stack, prefix: KeyValues, call: dict[str, Any], shape: tuple[int, int]) -> None:
         super().__init__(stack, {"self": prefix}, None, stack.module.training)
-        inner = call.get("past_key_values")
+        inner = cache_in(call)
         self._past = 0 if inner is None else int(inner.get_seq_length())
         crosses = call.get("encoder_hidden_states") is not None
         if inner is None and self._wants_cache(call):
@@ -49,7 +50,7 @@ class CachePass(PrefixPass):
         self.prefixed = PrefixCache(self.prefixes["self"], own, self._order)
         crosses = crosses or own is not inner
         self.cache = PrefixPair(self.prefixed, inner) if crosses else self.prefixed
-        call["past_key_values"] = self.cache
+        set_cache(call, self.cache, self.stack.parameters)
         call["attention_mask"] = self._widen_mask(call.get("attention_mask"), shape)
         self._keep_cache_in_checkpoints()
 
@@ -120,8 +121,9 @@ class CachePass(PrefixPass):
         if isinstance(output, tuple):
             items = [self.inner if item is self.cache else self._strip(item) for item in output]
             return tuple(item for item in items if item is not None)
-        if output.get("past_key_values") is not None:
-            output["past_key_values"] = self.inner
+        name = next((name for name in NAMES if output.get(name) is not None), None)
+        if name is not None:
+            output[name] = self.inner
         if output.get("attentions") is not None:
             output["attentions"] = self._strip(output["attentions"])
         return output

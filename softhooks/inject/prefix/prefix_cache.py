@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from softhooks.backbone.recording_cache import RecordingCache
+from softhooks.compat.cache_argument import CACHE
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues
 from softhooks.layout.slot_map import gather_columns
@@ -82,7 +83,7 @@ class PrefixCache(Cache):
             raise UnsupportedModeError(
                 f"{type(inner).__name__} has layers that drop old tokens (sliding windows); a prefix that enters through a cache "
                 "needs one that keeps all tokens.",
-                "Pass `past_key_values=DynamicCache()`, without a config: its layers keep all tokens.",
+                f"Pass `{CACHE}=DynamicCache()`, without a config: its layers keep all tokens.",
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -127,8 +128,8 @@ class PrefixPair(EncoderDecoderCache):
     def layers(self) -> Any:  # type: ignore[override]
         """Refuse a model that reads `layers`: whether it needs those of self-attention or of cross-attention is unknown."""
         raise UnsupportedModeError(
-            "the model reads `past_key_values.layers`; with a prefix that enters through a cache, it must get its keys from "
-            "`past_key_values.update`.",
+            f"the model reads `{CACHE}.layers`; with a prefix that enters through a cache, it must get its keys from "
+            f"`{CACHE}.update`.",
             "Use a prompt that enters as embeddings, such as PromptTuning.",
         )
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.stack import Stack
+from softhooks.compat.cache_argument import NAMES
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.caches import is_recurrent
 from softhooks.inject.slots.argument_values import COPIED, ZERO_AT_SLOTS
 from softhooks.inject.text_positions import OuterCall, padding_mask
 
-_UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "cross_attention_states"}
+_UNTOUCHED = {*NAMES, "inputs_embeds", "encoder_hidden_states", "cross_attention_states"}
 _WIDENED = {"input_ids", "attention_mask", "position_ids", *ZERO_AT_SLOTS}
 
 
