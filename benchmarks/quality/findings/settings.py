@@ -27,7 +27,7 @@ RATES: dict[tuple[str, str], float] = {
     (SMOLLM2, "llama_adapter"): 1e-2,
     (SMOLLM2, "cartridge"): 2e-2,
     (MINILM, "prompt_tuning"): 3e-2,
-    (MINILM, "p_tuning_v2"): 1e-2,
+    (MINILM, "p_tuning_v2"): 1e-1,
 }
 """The learning rates, by model and contestant; `rates.py` says how they were chosen.
 
