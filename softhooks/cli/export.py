@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from softhooks.cli.exit_codes import usage_errors
-from softhooks.cli.export_prefixes import export_prefixes, names_of
+from softhooks.cli.export_prefixes import export_prefixes, names_of, stored
 from softhooks.errors import CheckpointError, OptionError
 
 EMBEDDINGS_FILE = "prompt_embeds.safetensors"
@@ -27,16 +27,29 @@ class Server(StrEnum):
 
 
 def export(
-    prompts: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PROMPT...",
-            help="The saved prompts: directories written by softhooks or PEFT, or names on the Hub. Only one with --text.",
-        ),
-    ],
     to: Annotated[Server, typer.Option("--to", help="The inference server.")],
     model: Annotated[str, typer.Option(metavar="NAME", help="The base model: a directory or a name on the Hub.")],
     output: Annotated[Path, typer.Option(help="The directory to write to.", file_okay=False)],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The saved prompts: directories written by softhooks or PEFT, or names on the Hub. Only one with --text.",
+            show_default=False,
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Export the prompts of this store too, under their names there.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="Of the store: only the prompts with this tag.", show_default=False)
+    ] = None,
     text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The text that follows the prompt.", show_default=False)
     ] = None,
@@ -71,9 +84,11 @@ def export(
     **Examples**
 
         softhooks export en de --to vllm --model Qwen/Qwen3-0.6B --output prompts
+        softhooks export --store prompts --tag production --to vllm --model Qwen/Qwen3-0.6B --output served
         softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
     """
     with usage_errors():
+        prompts = [*(prompts or ()), *stored(store, tag)]
         _check_texts(prompts, to, text, text_file)
     if text is None and text_file is None:
         names = names_of(prompts)
@@ -95,6 +110,8 @@ def export(
 
 
 def _check_texts(prompts: list[str], to: Server, text: str | None, text_file: Path | None) -> None:
+    if not prompts:
+        raise OptionError("there is no prompt to export.", "Name saved prompts, or a folder with prompts by --store.")
     given = [name for name, value in (("--text", text), ("--text-file", text_file)) if value is not None]
     if len(given) == 2 or (to is Server.sglang and not given):
         raise OptionError(

@@ -43,6 +43,29 @@ def export_prefixes(prompts: dict[str, str], base: Any, output: Path, strict: bo
     typer.echo(f"Start vLLM with this option:\n--kv-transfer-config {config}")
 
 
+def stored(folder: Path | None, tag: str | None) -> list[str]:
+    """Return the paths of the prompts in a store.
+
+    Args:
+        folder: the store; None if there is none.
+        tag: only the prompts with this tag.
+
+    Raises:
+        OptionError: `folder` is not a store, has no such prompt, or is missing although there is a tag.
+    """
+    if folder is None:
+        if tag is not None:
+            raise OptionError("--tag selects prompts of a store, but there is none.", "Pass the store by --store.")
+        return []
+    from softhooks.serving.prompt_store import PromptStore
+
+    names = PromptStore(folder).names(tag)
+    if not names:
+        found = "contains no prompt" if tag is None else f"contains no prompt with the tag {tag!r}"
+        raise OptionError(f"{folder} {found}.", f"`softhooks store list {folder}` lists the prompts of a store.")
+    return [str(folder / name) for name in names]
+
+
 def names_of(prompts: list[str]) -> dict[str, str]:
     """Return the paths of prompts by the last part of each path, which is the prompt's name in requests.
 

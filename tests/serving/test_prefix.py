@@ -31,6 +31,7 @@ from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodErro
 from softhooks.serving.prefix import Prefix, prefix_of
 from softhooks.serving.prefix_files import read_prefix, write_prefix
 from softhooks.serving.prompt_folder import PromptFolder
+from softhooks.serving.prompt_store import PromptStore
 
 METHODS: dict[str, softhooks.Method] = {
     "prefix": PrefixTuning(5),
@@ -248,6 +249,37 @@ def test_export_refuses_prompts_of_the_same_name_and_what_is_no_prefix(saved: Pa
     assert "two prompts would get the name 'en'" in str(run(saved, tmp_path, "en", "en").exception)
     assert isinstance(run(saved, tmp_path, "adapter").exception, UnsupportedMethodError)
     assert PromptFolder(tmp_path).names() == []
+
+
+def test_export_of_a_store(saved: Path, tmp_path: Path) -> None:
+    store, served = PromptStore(tmp_path / "store"), tmp_path / "served"
+    command = ["export", "--to", "vllm", "--model", str(saved / "model"), "--output", str(served)]
+    for name in ("en", "de"):
+        store.add(saved / name, name)
+    store.tag("de", "production")
+    refused = runner.invoke(app.app, [*command, "--store", str(store.folder), "--tag", "new"])
+    assert "contains no prompt with the tag 'new'" in str(refused.exception)
+    done = runner.invoke(app.app, [*command, "--store", str(store.folder), "--tag", "production"])
+    assert done.exit_code == 0, done.output
+    assert PromptFolder(served).names() == ["de"]
+    done = runner.invoke(app.app, [*command, "--store", str(store.folder)])
+    assert done.exit_code == 0, done.output
+    assert PromptFolder(served).names() == ["de", "en"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "there is no prompt to export"),
+        (("--tag", "production"), "--tag selects prompts of a store"),
+        (("--store", "{empty}"), "contains no prompt"),
+    ],
+    ids=["nothing", "tag", "empty store"],
+)
+def test_export_of_nothing(options: tuple[str, ...], message: str, saved: Path, tmp_path: Path) -> None:
+    command = ["export", "--to", "vllm", "--model", str(saved / "model"), "--output", str(tmp_path / "served")]
+    done = runner.invoke(app.app, [*command, *(option.format(empty=tmp_path) for option in options)])
+    assert message in str(done.exception)
 
 
 def test_a_request_with_a_text_has_one_prompt(saved: Path, tmp_path: Path) -> None:
