@@ -5,14 +5,14 @@ transformers 5.24 still accepts the old names; its forwards rename them, but hoo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from typing import Any
 
-from transformers import GenerationMixin
+from packaging.version import Version
 
 _OLD = ("past_key_values", "cache_params")
-IS_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+IS_RENAMED = Version(version("transformers")) >= Version("5.24.dev0")  # without importing it, which takes seconds
 NAMES = ("cache", *_OLD) if IS_RENAMED else _OLD
 """All names of the argument, and of the cache in a model's output, in the order in which to look for them."""
 

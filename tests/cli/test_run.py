@@ -260,8 +260,8 @@ def test_a_file_is_read_and_the_command_line_wins(tmp_path: Path, form: str) -> 
         (["--num-virtual-token", "3"], ["--num-virtual-token", "Did you mean --num-virtual-tokens"]),
         (["--wholly-unknown", "3"], ["--wholly-unknown", "after the script"]),
         (["-x"], ["-x is not an option"]),
-        (["--method", "promt-tuning"], ["'promt-tuning'", "Did you mean prompt-tuning", "prefix_tuning"]),
-        (["--method", "quantum"], ["'quantum'", "prompt_tuning"]),
+        (["--method", "promt-tuning"], ["'promt-tuning'", "Did you mean prompt-tuning", "prefix-tuning"]),
+        (["--method", "quantum"], ["'quantum'", "prompt-tuning"]),
         (["--projection"], ["projection", "is not an option of prompt_tuning", "belongs to: prefix_tuning"]),
         (["--num-virtual-tokens", "many"], ["--num-virtual-tokens", "a whole number", "'many'"]),
         (["--num-virtual-tokens", "2.5"], ["a whole number", "'2.5'"]),
@@ -494,7 +494,7 @@ def test_the_server_without_a_prompt_is_a_wrong_command_line(capsys: pytest.Capt
     with pytest.raises(SystemExit) as left:
         transformers_serve.main(["model"])
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith("OptionError: `--prompt DIR` is missing")
+    assert capsys.readouterr().err.startswith("OptionError: `--prompt DIR` or `--store FOLDER` is missing")
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

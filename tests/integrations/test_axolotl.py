@@ -106,7 +106,7 @@ def test_options_of_method_and_callback_come_from_the_section() -> None:
     ("cfg", "error", "says"),
     [
         ({}, TrainerError, "Write a section `softhooks:`"),
-        ({"softhooks": {"method": "prefixes"}}, OptionError, "prefix_tuning"),
+        ({"softhooks": {"method": "prefixes"}}, OptionError, "prefix-tuning"),
         ({"softhooks": {"method": "prefix_tuning", "options": {"tokens": 3}}}, OptionError, "tokens"),
         ({"softhooks": {"options": {"num_virtual_tokens": "many"}}}, OptionError, "whole number"),
         ({"softhooks": {"optoins": {}}}, OptionError, "Did you mean options:"),

@@ -495,6 +495,11 @@ NEVER_EMPTY = {
     "trainer/incomplete_checkpoints.py": "a path and numbers without end",
     "formats/download.py": "the base classes of an error of the Hub's client",
     "saving/save_pretrained.py": "the prompts of a model that has some",
+    "formats/hub_collection.py": "the base classes of an error of the Hub's client",
+    "inject/branch/request_branches.py": "the branches of requests, some of which have one",
+    "inject/prefix/request_prefixes.py": "the prefixes of requests, some of which have one",
+    "runtime/request_prompts.py": "numbers without end",
+    "serving/prompt_store.py": "the prompts of a store that has some",
     "layout/few_shot.py": "the pieces of a template, which must have a label",
 }
 """Calls of `next` without a default, and why their iterators cannot be exhausted."""
