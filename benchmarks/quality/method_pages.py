@@ -11,7 +11,7 @@ from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Finding
 from benchmarks.quality.models import SHORT_NAMES
-from benchmarks.quality.plan import GENERATED, PROFILES, chosen_rate, contestants_of, search_shots
+from benchmarks.quality.plan import GENERATED, PROFILES, chosen_rate, search_shots
 from benchmarks.quality.records import Store
 from benchmarks.quality.run import FEW_SHOT, ZERO_SHOT
 from benchmarks.quality.standings import LORA, Cell, Standings, label_of
@@ -93,7 +93,7 @@ def _comparison(standings: Standings, contestant: str) -> list[str]:
     if not rows:
         return []
     for model in profile.tasks:
-        if contestant in contestants_of(profile, model):
+        if any(row[0].endswith(f", {SHORT_NAMES[model]}") for row in rows):
             rates = [chosen_rate(profile, standings.store, model, name) for name in columns]
             rows.append([f"learning rate, {SHORT_NAMES[model]}", *(f"{rate:g}" if rate else "" for rate in rates), ""])
     header = ["task, model", *(label_of(name) for name in columns), WORDS]
@@ -107,9 +107,9 @@ def _comparison(standings: Standings, contestant: str) -> list[str]:
 
 
 def _cell(standings: Standings, task: str, model: str, contestant: str, shots: int) -> Cell | None:
-    """Return the results of a contestant, or None if there are none."""
+    """Return the results of a contestant, or None if those of some seeds are missing."""
     cell = standings.cell(task, model, contestant, shots)
-    return cell if cell is not None and cell.records else None
+    return cell if cell is not None and cell.records and len(cell.records) == cell.planned else None
 
 
 def _best_words(standings: Standings, task: str, model: str) -> Cell | None:
