@@ -131,7 +131,7 @@ def _in_batches(base: Any, served: ServedPrompts) -> Any:
 
 
 def _holding(lock: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that holds a lock while it runs."""
+    """Wrap a function so that only one thread at a time runs it."""
 
     def held(*args: Any, **kwargs: Any) -> Any:
         with lock():

@@ -124,7 +124,7 @@ def require_fit(found: FoundPrefix, config: Any) -> None:
     if differing:
         raise PromptMismatchError(
             f"the prompt {found.name!r} was exported for another model than the one that the server has loaded.",
-            "Export it again with `--model` set to the server's model.",
+            "Export the prompt again: `softhooks export ... --model` must name the model of the server.",
             **differing,
         )
     window = model.get_sliding_window()

@@ -32,7 +32,7 @@ class PrefixWorker:
 
     @torch.no_grad()
     def run(self, step: Step, layers: Mapping[str, Any]) -> None:
-        """Do the work of a step.
+        """Take up new prefixes, drop old ones, and write the prefixes of new requests into the cache.
 
         Args:
             layers: vLLM's attention layers by name.

@@ -66,9 +66,9 @@ def measured(standings: Standings, name: str, findings: Sequence[Finding] = FIND
     subject = SUBJECTS[name]
     parts = [] if subject.contestant is None else _comparison(standings, subject.contestant)
     verdicts = []
-    for finding in findings:
+    for finding in (one for one in findings if one.name in subject.findings):
         verdict = finding.judge(standings.store)
-        if finding.name in subject.findings and verdict.judgment != "not measured":
+        if verdict.judgment != "not measured":
             verdicts.append(f"- {finding.claim} **{verdict.judgment.capitalize()}.** {verdict.sentence}")
     if verdicts:
         parts += ["Statements of papers, and our own advice, tested on a small scale:", "\n".join(verdicts)]
@@ -83,21 +83,21 @@ def _comparison(standings: Standings, contestant: str) -> list[str]:
     profile, shots = standings.profile, search_shots(standings.profile)
     peft = [name for name, known in CONTESTANTS.items() if known.twin == contestant]
     columns = [contestant, *peft, LORA]
-    rows = []
+    rows, models = [], []
     for task, model in standings.pairs():
         cell = _cell(standings, task, model, contestant, shots)
         if cell is not None:
+            models.append(model)
             others = [_cell(standings, task, model, name, shots) for name in columns[1:]]
             cells = [cell, *others, _best_words(standings, task, model)]
             rows.append([f"{task}, {SHORT_NAMES[model]}", *(str(one.summary) if one else "" for one in cells)])
     if not rows:
         return []
-    for model in profile.tasks:
-        if any(row[0].endswith(f", {SHORT_NAMES[model]}") for row in rows):
-            rates = [chosen_rate(profile, standings.store, model, name) for name in columns]
-            rows.append([f"learning rate, {SHORT_NAMES[model]}", *(f"{rate:g}" if rate else "" for rate in rates), ""])
+    for model in dict.fromkeys(models):
+        rates = [chosen_rate(profile, standings.store, model, name) for name in columns]
+        rows.append([f"learning rate, {SHORT_NAMES[model]}", *(f"{rate:g}" if rate else "" for rate in rates), ""])
     header = ["task, model", *(label_of(name) for name in columns), WORDS]
-    seeds = ", ".join(f"{profile.seeds[model]} for {SHORT_NAMES[model]}" for model in profile.tasks)
+    seeds = ", ".join(f"{profile.seeds[model]} for {SHORT_NAMES[model]}" for model in dict.fromkeys(models))
     text = (
         f"Accuracy (for {' and '.join(GENERATED)}, ROUGE-L) on test rows, with {shots} training rows of each class: mean ± "
         f"standard error over seeds ({seeds}). Each contestant was trained for the same number of steps, with the learning rate "

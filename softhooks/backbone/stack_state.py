@@ -126,7 +126,7 @@ class StackState:
             self.current = outer
 
     def call(self, what: str, is_exclusive: bool = False) -> AbstractContextManager[None]:
-        """Return a context manager that is a call on the model.
+        """Return a context manager inside which this thread counts as running the model.
 
         Args:
             what: the name of the call in error messages.

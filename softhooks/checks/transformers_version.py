@@ -1,4 +1,4 @@
-"""Refuse versions of transformers with which prompts do not work."""
+"""Refuse versions of transformers that are newer than those softhooks was tested with."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from packaging.version import Version
 from softhooks.errors import AttachError
 
 FIRST_UNSUPPORTED = "5.24"
-"""The first version of transformers that softhooks does not support. pyproject.toml excludes it too, but pip only warns if
-transformers is upgraded later."""
+"""The first version that softhooks does not support.
+
+pyproject.toml excludes it too, but pip only warns if transformers is upgraded later.
+"""
 
 
 def check_transformers() -> None:
     """Check the version of transformers.
 
     Raises:
-        AttachError: with this version, `generate` would fail, and checks of calls with a cache would have no effect.
+        AttachError: softhooks was not tested with this version, and its hooks depend on internals of transformers.
     """
     installed = transformers.__version__
     if Version(installed) >= Version(f"{FIRST_UNSUPPORTED}.dev0"):
         raise AttachError(
-            "this version of transformers is not supported: it has renamed the argument in which models take a cache.",
+            "this version of transformers is not supported: prompts depend on its attention and mask internals, and softhooks "
+            "was only tested with older versions.",
             f'Install a supported version: `pip install "transformers<{FIRST_UNSUPPORTED}"`.',
-            installed=f"transformers {installed}, with the argument `cache`",
-            supported=f"transformers before {FIRST_UNSUPPORTED}, with the argument `past_key_values`",
+            installed=f"transformers {installed}",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from softhooks.cli.exit_codes import usage_errors
 from softhooks.cli.visible import visible
+from softhooks.errors import CheckpointError, NotAttachedError, OptionError
 
 store = typer.Typer(no_args_is_help=True)
 
@@ -108,12 +110,7 @@ def add_tags(folder: Folder, name: Name, tags: Tags) -> None:
 
         softhooks store tag prompts sst2 production
     """
-    from softhooks.errors import NotAttachedError
-
-    with usage_errors(), usage_errors(NotAttachedError):
-        opened = _open(folder)
-        opened.tag(name, *tags)
-    typer.echo(f"{name}: {', '.join(opened.tags(name))}")
+    _change_tags(folder, name, lambda opened: opened.tag(name, *tags))
 
 
 @store.command("untag")
@@ -124,12 +121,7 @@ def remove_tags(folder: Folder, name: Name, tags: Tags) -> None:
 
         softhooks store untag prompts sst2 candidate
     """
-    from softhooks.errors import NotAttachedError
-
-    with usage_errors(), usage_errors(NotAttachedError):
-        opened = _open(folder)
-        opened.untag(name, *tags)
-    typer.echo(f"{name}: {', '.join(opened.tags(name)) or 'no tags'}")
+    _change_tags(folder, name, lambda opened: opened.untag(name, *tags))
 
 
 @store.command()
@@ -140,11 +132,17 @@ def remove(folder: Folder, name: Name) -> None:
 
         softhooks store remove prompts sst2
     """
-    from softhooks.errors import NotAttachedError
-
     with usage_errors(), usage_errors(NotAttachedError):
         _open(folder).remove(name)
     typer.echo(f"{name} removed from {folder}")
+
+
+def _change_tags(folder: Path, name: str, change: Callable[[Any], None]) -> None:
+    """Change the tags of a prompt in a store, and print them."""
+    with usage_errors(), usage_errors(NotAttachedError):
+        opened = _open(folder)
+        change(opened)
+    typer.echo(f"{name}: {', '.join(opened.tags(name)) or 'no tags'}")
 
 
 def _open(folder: Path) -> Any:
@@ -155,7 +153,6 @@ def _open(folder: Path) -> Any:
 
 def _facts(folder: Path, tag: str | None) -> list[dict[str, Any]]:
     """Describe each prompt of a store; `damaged` is None, or why the prompt cannot be read."""
-    from softhooks.errors import CheckpointError, OptionError
     from softhooks.formats.find import read
 
     with usage_errors():

@@ -26,7 +26,7 @@ def cache_name(parameters: Collection[str]) -> str | None:
 
 
 def cache_in(call: Mapping[str, Any]) -> Any:
-    """Return the cache of a call or of an output, or None if there is none."""
+    """Return the cache in the arguments of a forward or in its output, or None."""
     for name in NAMES:
         value = call.get(name)
         # FlauBERT's `cache` is a dictionary, and that of continuous batching contains the pages of all requests.

@@ -12,6 +12,7 @@ from typing import Any
 from softhooks.errors import CheckpointError
 from softhooks.formats import peft_read, softhooks_files
 from softhooks.formats.hub_commit import HubCommit
+from softhooks.formats.hub_errors import client_error, reason
 
 MAX_BYTES = {".safetensors": 4 * 2**30, ".json": 16 * 2**20}
 """The largest files to download, by suffix. 4 GiB hold 16,384 tokens of keys and values of Llama 3 8B in fp32."""
@@ -33,14 +34,11 @@ def download(repo_id: str, revision: str | None = None, token: str | bool | None
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
-    # The error class of the HTTP client, which is httpx or httpx2, depending on the version of huggingface_hub.
-    client_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
     where = f"{repo_id}, revision {revision or 'main'}"
     try:
         file = _find_files(repo_id, revision, token)
@@ -48,7 +46,7 @@ def download(repo_id: str, revision: str | None = None, token: str | bool | None
         raise CheckpointError(
             f"{repo_id!r} is neither a local directory nor a repository that can be downloaded from the Hub.",
             "Check the path, the name of the repository and the connection; a private repository needs a token.",
-            hub=_reason(error.__cause__ or error),
+            hub=reason(error.__cause__ or error),
         ) from error
     except EntryNotFoundError as error:
         raise CheckpointError(
@@ -57,18 +55,14 @@ def download(repo_id: str, revision: str | None = None, token: str | bool | None
             repository=where,
             expected=f"{softhooks_files.TENSORS}, or {peft_read.CONFIG} and {peft_read.TENSORS}",
         ) from error
-    except (client_error, OSError, ValueError, RuntimeError) as error:
+    except (client_error(), OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             "the prompt cannot be downloaded from the Hub.",
             "Check the revision and the connection, and try again.",
             repository=where,
-            hub=_reason(error),
+            hub=reason(error),
         ) from error
     return file.parent, HubCommit(repo_id, file.parent.name)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _find_files(repo_id: str, revision: str | None, token: str | bool | None) -> Path:

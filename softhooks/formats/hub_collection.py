@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from softhooks.errors import CheckpointError
+from softhooks.formats.hub_errors import client_error, reason
 
 
 def repositories_of(slug: str, token: str | bool | None = None) -> list[str]:
@@ -18,17 +17,14 @@ def repositories_of(slug: str, token: str | bool | None = None) -> list[str]:
         CheckpointError: there is no such collection, it contains no model, or it cannot be read.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # The error class of the HTTP client, which is httpx or httpx2, depending on the version of huggingface_hub.
-    client_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
     try:
         items = HfApi().get_collection(slug, token=token).items
-    except (client_error, OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except (client_error(), OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"the collection {slug!r} cannot be read from the Hub.",
             "Check its name, which is the last part of its address, and the connection; a private collection needs a token.",
-            hub=f"{type(error).__name__}: {' '.join(str(error).split())}",
+            hub=reason(error),
         ) from error
     found = [item.item_id for item in items if item.item_type == "model"]
     if not found:

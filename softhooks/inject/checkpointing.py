@@ -148,9 +148,10 @@ def ask_pass_for_checkpointing(stack: Stack) -> None:
 
 
 def replace_once(stack: Stack, module: nn.Module, name: str, kind: type, make: Callable[[Any], Any]) -> None:
-    """Replace an attribute of a module until the last prompt is removed, unless its value already is of the class `kind`.
+    """Replace an attribute of a module. If it is replaced already, do nothing. Removing the last prompt restores it.
 
     Args:
+        kind: the class of the new value, by which a replaced attribute is recognized.
         make: makes the new value from the old one.
     """
     if isinstance(getattr(module, name), kind):

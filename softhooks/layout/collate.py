@@ -134,7 +134,7 @@ class Collator:
             raise OptionError(
                 "some rows of the batch have a label and others have none.",
                 "Put rows with and without a label in different batches.",
-                without=", ".join(str(place) for place, row in enumerate(rows) if "labels" not in row),
+                without_label=", ".join(str(place) for place, row in enumerate(rows) if "labels" not in row),
             )
         names = [*self.mapper.tokenizer.model_input_names, COLUMN]
         held = [{name: row[name] for name in names if name in row} for row in rows]

@@ -89,7 +89,7 @@ class Report:
             most = "" if self.majority is None else f" (the most frequent answer alone: {self.majority:.1%})"
             lines.append((name.replace("_", " "), f"{start}{self.after[name]:.1%} after training{most}"))
             start = "" if not self.before else f"{self.before['loss']:.4g} before training, "
-            lines.append(("loss", f"{start}{self.after['loss']:.4g} after training, on the validation rows"))
+            lines.append(("loss", f"{start}{self.after['loss']:.4g} after training (on validation rows)"))
         lines += [
             ("steps", f"{self.steps:,} in {self.seconds:.0f} s; the prompt is that of step {self.best_step:,}"),
             ("trained", f"{trained:,} parameters, {trained / max(trained + frozen, 1):.3%} of all"),

@@ -127,11 +127,11 @@ class RunningCalls:
             self._leave(call)
 
     def block(self, what: str, skip_objective: bool = False) -> CallBlock:
-        """Return a context manager that is a call. Other threads may run the model meanwhile."""
+        """Return a context manager inside which this thread counts as running the model. Other threads may run it too."""
         return CallBlock(self, what, None, skip_objective)
 
     def exclusive(self, what: str, is_exclusive: Callable[[], bool] = lambda: True) -> CallBlock:
-        """Return a context manager that is an exclusive call, if `is_exclusive` returns True."""
+        """Do the same, but if `is_exclusive` returns True, no other thread may run the model meanwhile."""
         return CallBlock(self, what, is_exclusive, False)
 
     def _enter(self, call: Call, is_exclusive: Callable[[], bool] | None) -> None:

@@ -1,1 +1,1 @@
-"""Serve prompts: embeddings for inference servers, and a folder that stores the prompts of one base model."""
+"""Serve prompts: keys and values or embeddings for inference servers, and a store of the prompts of one base model."""

@@ -134,7 +134,7 @@ def _active(model: nn.Module) -> SoftPrompt:
 
 
 def text_config(model: nn.Module) -> Any:
-    """Return the config of a model's decoder."""
+    """Return the part of a model's config that describes its decoder."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 

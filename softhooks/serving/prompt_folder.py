@@ -60,7 +60,7 @@ class PromptFolder:
         return [self.find(name) for name in self.names()]
 
     def find(self, name: object) -> FoundPrefix:
-        """Return a prompt; read it if its file is new or has changed.
+        """Return the prompt with this name. Its file is read only if it is new or has changed since the last call.
 
         Raises:
             OptionError: there is no prompt with this name.

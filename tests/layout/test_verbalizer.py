@@ -165,5 +165,5 @@ def test_messages_for_language_models() -> None:
         words({"logits": torch.randn(1, 2, len(tokenizer))}, None)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="index of its word"):
         layout.mapper(tokenizer, verbalizer=words)({"a": "the cat", "label": "yes"})
-    with pytest.raises(OptionError, match=r"others have none(.|\n)*without: *1"):
+    with pytest.raises(OptionError, match=r"others have none(.|\n)*without label: *1"):
         layout.collator(tokenizer, verbalizer=words)([{"a": "the cat", "label": 1}, {"a": "the dog"}])
