@@ -38,7 +38,9 @@ def prompted_state(utils: Any, served: ServedPrompts) -> Any:
 
         def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
             if not use_cb:
-                return self._generate_managers.setdefault(_KEY, one_by_one())
+                if _KEY not in self._generate_managers:
+                    self._generate_managers[_KEY] = one_by_one()  # starts a thread
+                return self._generate_managers[_KEY]
             if self._cb_manager is None:
                 self._cb_manager, self._cb_model_id = in_batches(cb_config=self._cb_config), _KEY
             return self._cb_manager

@@ -125,11 +125,16 @@ class ServedPrompts:
         """Load every prompt onto a model that was loaded just now."""
         self.model = model
         self._served, self._retired = {}, []
-        for name in self._sources:
-            self._served[name] = self._attach(name)
+        for name, source in self._sources.items():
+            self._served[name] = self._attach(name, source)
 
-    def _attach(self, name: str) -> SoftPrompt:
-        own, source = f"{name}-{next(self._numbers)}", self._sources[name]
+    def _attach(self, name: str, source: str | Path | None) -> SoftPrompt:
+        """Load a prompt onto the model.
+
+        Args:
+            source: a directory or a repository on the Hub; None for the store.
+        """
+        own = f"{name}-{next(self._numbers)}"
         if source is not None:
             prompt = load(self.model, source, own, strict=self._strict)
         else:
@@ -153,22 +158,17 @@ class ServedPrompts:
         """
         if self._store is None:
             raise OptionError("the server has no store to load prompts from.", "Start it with `--store FOLDER`.")
-        self._store.path(name)
-        if name in self._served:
-            raise NameTakenError(
-                f"the server already serves a prompt named {name!r}.", "To replace it, unload it first.",
-                model=self.id_of(name),
-            )  # fmt: skip
         with self.turns.take():
+            if name in self._served:  # perhaps by another request, while this one waited
+                raise NameTakenError(
+                    f"the server already serves a prompt named {name!r}.", "To replace it, unload it first.",
+                    model=self.id_of(name),
+                )  # fmt: skip
+            with _plain_attention(self.model):
+                self._served[name] = self._attach(name, None)
             self._sources[name] = None
-            try:
-                with _plain_attention(self.model):
-                    self._served[name] = self._attach(name)
-            except BaseException:
-                del self._sources[name]
-                raise
 
-    def retire(self, name: str) -> SoftPrompt:
+    def retire(self, name: str) -> None:
         """Refuse new requests for a prompt; it stays on the model until `detach`.
 
         Raises:
@@ -183,10 +183,9 @@ class ServedPrompts:
             )
         del self._served[name], self._sources[name]
         self._retired.append(prompt)
-        return prompt
 
     def detach(self, is_used: Callable[[str], bool]) -> bool:
-        """Remove the retired prompts that no request uses; return whether none is left but the last on the model.
+        """Remove the retired prompts that no request uses, and return whether no request uses a retired prompt any more.
 
         The last prompt on the model stays, because a batch that runs must keep the model's hooks.
         """

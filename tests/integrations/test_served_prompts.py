@@ -78,6 +78,20 @@ def test_requests_name_their_prompt_and_prompts_come_and_go(client: Any) -> None
     assert not wrong
 
 
+def test_two_requests_cannot_load_the_same_prompt(client: Any) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(lambda _: client.post(LOAD, prompt_name="it"), range(4)))
+    assert sorted(one.status_code for one in told) == [200, 400, 400, 400]
+    assert client.complete("it", TEXTS[0]) == served.answers(client.folder, [("it", TEXTS[0])])[0]
+
+
+def test_requests_share_one_thread(client: Any) -> None:
+    state = client.server._generation_state
+    manager, threads = state.get_manager(client.base), set(threading.enumerate())
+    assert all(state.get_manager(client.base) is manager for _ in range(3))
+    assert not set(threading.enumerate()) - threads
+
+
 def test_wrong_requests_are_answered_with_a_message(client: Any) -> None:
     def told(path: str, **body: Any) -> tuple[int, str]:
         answer = client.post(path, **body)
