@@ -19,7 +19,7 @@ from softhooks.backbone.probing import FORWARD_ERRORS, are_close, last_hidden_st
 from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.backbone.stack import Role, Site, Stack
 from softhooks.backbone.windows import hides_distant, shortened_window
-from softhooks.compat.cache_argument import cache_name
+from softhooks.compat.cache_argument import cache_name, set_cache
 from softhooks.patching.patches import Patches
 
 
@@ -166,8 +166,10 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
 def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
     with _running_module(stack.module) as running:
         cache = RecordingCache(running)
+        call = {"input_ids": ids, "use_cache": True}
+        set_cache(call, cache, stack.parameters)
         try:
-            stack.module(**{"input_ids": ids, "use_cache": True, str(cache_name(stack.parameters)): cache})
+            stack.module(**call)
         except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError):
             return  # The model does not accept this cache, so it has no sites, and methods that need sites refuse it.
     for layer, (key, value) in sorted(cache.recorded.items()):

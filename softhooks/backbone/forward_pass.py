@@ -36,8 +36,13 @@ class Pass:
         layers_pass: the pass in which the backward runs checkpointed layers again, if it is not this one.
         provenance: returns the state of the prompts, which is stored with caches and encoder states.
         check_attention: called with the arguments of `attend` before each attention function; may raise an error.
+        allows_checkpointing: whether layers may be checkpointed in this forward.
+        keeps_cache: whether checkpointed layers get the cache that the stack passes to them.
         calls: for each module that several layers share, the number of its calls so far, by role and index of its first site.
     """
+
+    allows_checkpointing = True
+    keeps_cache = False
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
@@ -53,16 +58,6 @@ class Pass:
     def recomputed_in(self) -> Pass | None:
         """The pass in which the backward runs checkpointed layers again, or None for no pass."""
         return self.layers_pass
-
-    @property
-    def allows_checkpointing(self) -> bool:
-        """Whether layers may be checkpointed in this forward."""
-        return True
-
-    @property
-    def keeps_cache(self) -> bool:
-        """Whether checkpointed layers get the cache that the stack passes to them."""
-        return False
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """Whether a call to the embedding module with these arguments looks up the tokens of the text."""

@@ -18,18 +18,12 @@ class RunningPass(Protocol):
     has_begun: bool
     check_attention: Any
     table_positions: Tensor | None
+    allows_checkpointing: bool
+    keeps_cache: bool
 
     @property
     def recomputed_in(self) -> Any:
         """See `Pass.recomputed_in`."""
-
-    @property
-    def allows_checkpointing(self) -> bool:
-        """See `Pass.allows_checkpointing`."""
-
-    @property
-    def keeps_cache(self) -> bool:
-        """See `Pass.keeps_cache`."""
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """See `Pass.looks_up_text`."""

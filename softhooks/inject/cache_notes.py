@@ -129,7 +129,7 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
 
     Args:
         cache: the cache of a continuous batch, or None outside of continuous batching.
-        forward_pass: the current pass, or None if no prompt is active; closed before an error is raised.
+        forward_pass: the current pass, or None if no prompt is active.
         selection: the name of the active prompt, or None if no prompt is active.
     """
     if cache is None:
@@ -140,10 +140,8 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
         add_note(cache, injected=(selection, now))
         return
     words, before = noted
-    if len(now) == len(before) and all(a is b or torch.equal(a, b) for a, b in zip(now, before, strict=True)):
+    if _are_equal(now, before):
         return
-    if forward_pass is not None:
-        forward_pass.close()
     changed = ", which has changed since" if words == selection else ""
     raise UnsupportedModeError(
         "the active prompt differs from the prompt that the paged cache was filled with; a cache can only be used with the same "
@@ -154,19 +152,17 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
     )
 
 
-def require_unchanged(cache: PagedAttentionCache, forward_pass: Pass, prompts: Mapping[Any, list[Tensor]]) -> None:
+def require_unchanged(cache: PagedAttentionCache, prompts: Mapping[Any, list[Tensor]]) -> None:
     """Refuse a prompt that has changed since other forwards filled a paged cache; each request keeps its own prompt.
 
     Args:
         cache: the cache of a continuous batch whose requests use different prompts.
-        forward_pass: the current pass; closed before an error is raised.
         prompts: the prompts of the current batch, with the tensors that each injects.
     """
     seen: WeakKeyDictionary[Any, list[Tensor]] = cache.__dict__.setdefault(_BY_REQUEST, WeakKeyDictionary())
     for prompt, now in prompts.items():
         before = seen.setdefault(prompt, now)
-        if len(now) != len(before) or not all(a is b or torch.equal(a, b) for a, b in zip(now, before, strict=True)):
-            forward_pass.close()
+        if not _are_equal(now, before):
             raise UnsupportedModeError(
                 f"the prompt {prompt.name!r} has changed since the paged cache was filled with it; a cache can only be used with "
                 "the same prompt.",
@@ -205,3 +201,7 @@ def require_encoded(given: Any, now: Provenance) -> None:
 def _bearers(encoded: Any) -> list[Any]:
     """List the objects that may have the note: the output and its states, because beam search copies only the states."""
     return [encoded, *([encoded[0]] if isinstance(encoded, (tuple, list, dict)) and len(encoded) else [])]
+
+
+def _are_equal(now: list[Tensor], before: list[Tensor]) -> bool:
+    return len(now) == len(before) and all(a is b or torch.equal(a, b) for a, b in zip(now, before, strict=True))

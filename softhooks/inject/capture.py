@@ -26,16 +26,13 @@ class CapturePass(Pass):
         rows: embeddings to use instead of the embedding layer's output, [B, P, H]; None to keep that output.
     """
 
+    allows_checkpointing = False  # the prompt's keys and values must stay in the autograd graph
+
     def __init__(self, stack: Stack, rows: Tensor | None = None) -> None:
         super().__init__(stack)
         self.rows = rows
         self.keys: dict[Role, dict[int, Tensor]] = {"self": {}, "cross": {}}
         self.values: dict[Role, dict[int, Tensor]] = {"self": {}, "cross": {}}
-
-    @property
-    def allows_checkpointing(self) -> bool:
-        """False, because the prompt's keys and values must stay in the autograd graph."""
-        return False
 
     def embed(self, output: Tensor) -> Tensor:
         """Return the given embeddings instead of the embeddings of the placeholder ids."""

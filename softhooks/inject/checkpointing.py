@@ -24,17 +24,15 @@ class CheckpointedPass(Pass):
         super().__init__(stack)
         self._anchored: list[Tensor] = []
         self._checkpointed: list[nn.Module] = []
-        self._follows = False
         self._closed = False
 
     @property
     def recomputed_in(self) -> Pass | None:
         """This pass, after `follow_checkpointing`."""
-        return self if self._follows else None
+        return self if self._checkpointed else None
 
     def follow_checkpointing(self) -> None:
         """Make checkpointed layers run inside this pass again when the backward recomputes them."""
-        self._follows = True
         self._checkpointed = checkpointed_modules(self.stack)
         if any(getattr(module.__dict__[_FUNCTION], "is_reentrant", False) for module in self._checkpointed):
             self.detach_injected()
@@ -108,7 +106,7 @@ class RecomputingFunction:
 class CheckpointingFlag:
     """Replaces the flag of a module that activates checkpointing; it is off in a pass that does not allow checkpointing."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, _before: bool) -> None:
         self.stack = stack
 
     def __bool__(self) -> bool:
@@ -136,7 +134,7 @@ def checkpointed_modules(stack: Stack) -> list[nn.Module]:
     """Return the modules of a stack that are checkpointed, after replacing their checkpointing functions."""
     found = [part for part in every_module(stack.module) if _FUNCTION in part.__dict__ and is_checkpointed(part)]
     for module in found:
-        replace_once(stack, module, _FUNCTION, RecomputingFunction, lambda own: RecomputingFunction(stack, own))
+        replace_once(stack, module, _FUNCTION, RecomputingFunction)
     return found
 
 
@@ -144,21 +142,20 @@ def ask_pass_for_checkpointing(stack: Stack) -> None:
     """Replace the checkpointing flags of a stack's modules."""
     for module in every_module(stack.module):
         if is_checkpointed(module):
-            replace_once(stack, module, "gradient_checkpointing", CheckpointingFlag, lambda _: CheckpointingFlag(stack))
+            replace_once(stack, module, "gradient_checkpointing", CheckpointingFlag)
 
 
-def replace_once(stack: Stack, module: nn.Module, name: str, kind: type, make: Callable[[Any], Any]) -> None:
+def replace_once(stack: Stack, module: nn.Module, name: str, kind: type[Any]) -> None:
     """Replace an attribute of a module. If it is replaced already, do nothing. Removing the last prompt restores it.
 
     Args:
-        kind: the class of the new value, by which a replaced attribute is recognized.
-        make: makes the new value from the old one.
+        kind: the class of the new value, which is made from the stack and the old value.
     """
     if isinstance(getattr(module, name), kind):
         return
     with _LOCK:
         if stack.state.owner is not None and not isinstance(getattr(module, name), kind):
-            stack.state.owner.patches.set(module, name, make(getattr(module, name)))
+            stack.state.owner.patches.set(module, name, kind(stack, getattr(module, name)))
 
 
 _LOCK = threading.Lock()

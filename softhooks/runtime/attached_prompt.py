@@ -187,7 +187,8 @@ class AttachedPrompt:
             branch = self.branch(stack, None)
             scaled = [part for both in branch.scaled.values() for part in both]
             return [*branch.keys.values(), *branch.values.values(), *scaled]
-        own = self.key_values(stack).values()
+        forward = self.running.forward
+        own = (self.key_values(stack) if forward is None else forward.prefilled[id(self)]).values()
         return [tensor for one in own for tensors in (one.keys, one.values) for tensor in tensors.values()]
 
     @property

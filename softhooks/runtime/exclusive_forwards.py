@@ -29,4 +29,5 @@ def needs_model_alone(prompted: PromptedModel) -> bool:
 
 def generation_needs_model_alone(prompted: PromptedModel) -> bool:
     """The same for `generate`, which computes no gradients, so that no objective runs."""
-    return prompted.structure.changes_modules or (prompted.freeze_dropout and needs_model_alone(prompted))
+    with torch.no_grad():
+        return needs_model_alone(prompted)

@@ -190,7 +190,7 @@ class PromptedModel:
         return select_rows(self.prompts, each, batch, given)
 
     @property
-    def _names(self) -> Sequence[str | None]:
+    def names(self) -> Sequence[str | None]:
         """The name of each row's prompt, or a single name for all rows."""
         rows = self.rows
         return [self.active] if rows is None else rows
@@ -207,12 +207,12 @@ class PromptedModel:
 
     def active_prompts(self) -> list[AttachedPrompt]:
         """Return the active prompts, without duplicates."""
-        return [self.prompts[name] for name in dict.fromkeys(self._names) if name is not None and name in self.prompts]
+        return [self.prompts[name] for name in dict.fromkeys(self.names) if name is not None and name in self.prompts]
 
     @property
     def selection_text(self) -> str:
         """The names of the active prompts for messages: one name for all rows, or one for each row."""
-        names = self._names
+        names = self.names
         return repr(names[0] if len(set(names)) == 1 else names)
 
     def provenance(self, selection: Selection | None = None) -> Provenance:
@@ -221,7 +221,7 @@ class PromptedModel:
         Args:
             selection: the selection whose variants are included, or None to leave variants out.
         """
-        names = dict.fromkeys(self._names)
+        names = dict.fromkeys(self.names)
         on = tuple((name, self.prompts[name].snapshot()) for name in names if name)
         return Provenance(self.selection_text, self.token, on, None if selection is None else selection.variants)
 
@@ -234,7 +234,7 @@ class PromptedModel:
 
     def accepted(self) -> tuple[str, ...]:
         """Return the names of the extra arguments that the active prompts use, or that any prompt uses if none is active."""
-        names = dict.fromkeys(self._names) if self.is_in_use else self.prompts
+        names = dict.fromkeys(self.names) if self.is_in_use else self.prompts
         used = [self.prompts[name] for name in names if name in self.prompts]
         return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.batch_columns))
 

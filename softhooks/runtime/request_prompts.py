@@ -97,11 +97,11 @@ class RequestPrompts:
             return original(input_ids, *args, **kwargs)
         name = rows[0] if names is None else names[id(input_ids)]
         self._use([name])
-        self._adding.name, self._adding.has_name = name, True
+        self._adding.name = name
         try:
             return original(input_ids, *args, **kwargs)
         finally:
-            self._adding.has_name = False
+            del self._adding.name
 
     def _use(self, names: Sequence[str | None]) -> None:
         """Check that the prompts can share batches with those of all other requests."""
@@ -111,9 +111,8 @@ class RequestPrompts:
         self.by_request = True
 
     def _put(self, original: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(self._adding, "has_name", False):
-            state.logit_processor_kwargs = _NamedOptions(state.logit_processor_kwargs)
-            state.logit_processor_kwargs.softhooks_prompt = self._adding.name
+        options = state.logit_processor_kwargs = _NamedOptions(state.logit_processor_kwargs)
+        options.softhooks_prompt = getattr(self._adding, "name", self.default)
         self._unfinished[state.request_id] = self.name_of(state)
         try:
             original(state, *args, **kwargs)
@@ -123,8 +122,8 @@ class RequestPrompts:
 
     def name_of(self, state: Any) -> str | None:
         """Return the name of a request's prompt, or None if it uses none."""
-        options = state.logit_processor_kwargs
-        return options.softhooks_prompt if isinstance(options, _NamedOptions) else self.default
+        name: str | None = state.logit_processor_kwargs.softhooks_prompt
+        return name
 
     # --- unfinished requests ------------------------------------------------------------------------------------------
 

@@ -26,6 +26,18 @@ _POLL = 0.05
 """The number of seconds after which a waiting thread looks for calls that have ended without running their last hook."""
 
 
+class _OfThread(threading.local):
+    """The calls of one thread on one model.
+
+    Attributes:
+        innermost: the innermost call, or None.
+        active: the name of the prompt that was active when the outermost call began.
+    """
+
+    innermost: Call | None = None
+    active: str | None = None
+
+
 class RunningCalls:
     """The calls that are running on one model. A copy of the model starts without calls.
 
@@ -38,7 +50,7 @@ class RunningCalls:
 
     def __init__(self, active: str | None = None) -> None:
         self.active = active
-        self._own = threading.local()
+        self._own = _OfThread()
         self._changed = threading.Condition()
         # Held weakly, so that a call that has died in a thread is forgotten with the thread.
         self._outermost: weakref.WeakSet[Call] = weakref.WeakSet()
@@ -54,26 +66,22 @@ class RunningCalls:
     @property
     def call(self) -> Call | None:
         """The innermost call of this thread, or None if there is none."""
-        # The methods below repeat this expression, because they run many times per token.
-        return getattr(self._own, "innermost", None)
+        return self._own.innermost
 
     @property
     def forward(self) -> Call | None:
         """The forward that is running in this thread."""
-        call: Call | None = getattr(self._own, "innermost", None)
+        call = self._own.innermost
         return None if call is None else call.forward
 
     @property
     def active_here(self) -> str | None:
         """The name of the prompt that is active in this thread's call, or would be active in a new one."""
-        call: Call | None = getattr(self._own, "innermost", None)
-        return self.active if call is None else call.active
+        return self.active if self._own.innermost is None else self._own.active
 
     def activate(self, name: str | None) -> None:
         """Change the active prompt for calls that begin later, and for the running calls of this thread."""
-        self.active, call = name, self.call
-        while call is not None:
-            call.active, call = name, call.outer
+        self.active = self._own.active = name
 
     def runs_elsewhere(self) -> bool:
         """Return whether another thread is running the model."""
@@ -99,11 +107,13 @@ class RunningCalls:
         Raises:
             UnsupportedModeError: the call cannot wait, because it is inside another call or in an autograd thread.
         """
-        outer: Call | None = getattr(self._own, "innermost", None)
+        outer = self._own.innermost
         while outer is not None and not outer.runs_here():  # it ended without running its last hook
             self._leave(outer)
             outer = outer.outer
-        call = Call(holder, what, frame, outer, self.active if outer is None else outer.active, is_model)
+        if outer is None:
+            self._own.active = self.active
+        call = Call(holder, what, frame, outer, is_model)
         self._own.innermost = call
         if is_exclusive is None and outer is not None and not outer.is_exclusive:
             return call
@@ -116,14 +126,14 @@ class RunningCalls:
 
     def find(self, holder: object, frame: FrameType) -> Call | None:
         """Return the call that a hook began, or None if it began none."""
-        call: Call | None = getattr(self._own, "innermost", None)
+        call = self._own.innermost
         while call is not None and not (call.holder is holder and call.frame is frame):
             call = call.outer
         return call
 
     def end(self, ended: Call) -> None:
         """End a call, and all calls inside it that have not ended."""
-        while ended.frame is not None and (call := getattr(self._own, "innermost", None)) is not None:
+        while ended.frame is not None and (call := self._own.innermost) is not None:
             self._leave(call)
 
     def block(self, what: str, skip_objective: bool = False) -> CallBlock:
@@ -166,7 +176,7 @@ class RunningCalls:
                 if is_exclusive:
                     self._waiting.discard(call)
                     self._changed.notify_all()
-            call.active = self.active  # another thread may have attached a prompt meanwhile
+            self._own.active = self.active  # another thread may have attached a prompt meanwhile
             self._outermost.add(call)
             if is_exclusive:
                 call.is_exclusive, self._exclusive = True, call
@@ -174,7 +184,7 @@ class RunningCalls:
     def _obstacle(self, is_exclusive: bool) -> Call | None:
         """Return a call of another thread that a call of this thread cannot run beside, or None."""
         while (holder := self._exclusive) is not None and holder.thread is not this_thread() and holder.has_died():
-            self._exclusive = holder.outer
+            self._exclusive = holder.exclusive_outer
             self._restore(holder)
         if holder is not None:
             return None if holder.thread is this_thread() or holder.runs_backward_here() else holder
@@ -209,8 +219,7 @@ class RunningCalls:
         with self._changed:
             was_exclusive = self._exclusive is call
             if was_exclusive:
-                # A call that became exclusive inside another one ends the exclusion.
-                self._exclusive = call.outer if call.outer is not None and call.outer.is_exclusive else None
+                self._exclusive = call.exclusive_outer
             if call.outer is None:
                 self._outermost.discard(call)
             if self._waiting or (was_exclusive and self._exclusive is None):

@@ -55,7 +55,6 @@ class Call:
         what: the name of the call in error messages.
         frame: the Python frame of the call; it stays on the call stack of its thread until the call ends. Then it is None.
         outer: the surrounding call in the same thread, or None.
-        active: the name of the prompt that was active when the outermost call began.
         is_model: whether the call is a forward of the whole model; forwards of stacks inside it share its state.
         is_exclusive: whether no other thread may run the model during the call.
         is_on: whether prompts are active in the call.
@@ -76,7 +75,6 @@ class Call:
     what: str
     frame: FrameType | None
     outer: Call | None
-    active: str | None
     is_model: bool = False
     is_exclusive: bool = False
     is_on: bool = False
@@ -101,28 +99,29 @@ class Call:
         return outer if not self.is_model and outer is not None and outer.is_model else self
 
     @property
+    def exclusive_outer(self) -> Call | None:
+        """The surrounding call, if it is exclusive too: the exclusion goes on after the end of this call."""
+        return self.outer if self.outer is not None and self.outer.is_exclusive else None
+
+    @property
     def runs_without_objective(self) -> bool:
         """Whether a surrounding call skips the objective."""
         return self.outer is not None and (self.outer.skips_objective or self.outer.runs_without_objective)
 
     def runs(self) -> bool:
-        """Return whether the call is still running. After a KeyboardInterrupt, torch skips the hook that would end the call."""
+        """Return whether a call of another thread is still running."""
+        # After a KeyboardInterrupt, torch skips the hook that would end the call, so the frame decides.
         frame = self.frame
-        if frame is None or self.thread is this_thread():
-            return self.runs_here()
-        return self._is_on_its_stack(frame)
-
-    def _is_on_its_stack(self, frame: FrameType) -> bool:
         # Another thread's stack can change during the search and hide the frame, so search twice.
-        return any(_is_on_stack(frame, sys._current_frames().get(self.ident)) for _ in range(2))
+        return frame is not None and any(_is_on_stack(frame, sys._current_frames().get(self.ident)) for _ in range(2))
 
     def has_died(self) -> bool:
         """Return whether the call of another thread has ended without its last hook; False while its thread is ending it."""
         frame = self.frame
-        return frame is not None and not self._is_on_its_stack(frame) and self.frame is frame
+        return frame is not None and not self.runs() and self.frame is frame
 
     def runs_here(self) -> bool:
-        """The same, for a call of this thread."""
+        """Return whether a call of this thread is still running."""
         return self.frame is not None and _is_on_stack(self.frame, sys._getframe())
 
     def runs_backward_here(self) -> bool:

@@ -115,8 +115,7 @@ def select_requests(
     prompts: dict[str, AttachedPrompt], names: Sequence[str | None], lengths: Sequence[int], given: dict[str, Tensor]
 ) -> Selection:
     """Select the prompt of each request of a continuous batch; see `Selection.lengths`."""
-    selection = select_rows(prompts, names, len(names), given)
-    return selection if selection.rows is None else replace(selection, lengths=lengths)
+    return replace(select_rows(prompts, names, len(names), given), lengths=lengths)
 
 
 def _variants(prompt: AttachedPrompt, given: dict[str, Tensor], batch: int) -> Sequence[int]:

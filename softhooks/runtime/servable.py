@@ -27,10 +27,7 @@ def require_servable(prompted: PromptedModel) -> None:
         UnsupportedModeError: a selected prompt requires a batch column or has an unsupported `injection`, or the prompts that
             `rows` selects cannot share a batch.
     """
-    if prompted.rows is None:
-        _require_alone(prompted.prompts[str(prompted.active)])
-    else:
-        require_servable_together(prompted, prompted.rows)
+    require_servable_together(prompted, prompted.names)
 
 
 def require_servable_together(prompted: PromptedModel, names: Iterable[str | None]) -> None:

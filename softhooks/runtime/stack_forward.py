@@ -25,7 +25,6 @@ from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.running_call import Call
 from softhooks.runtime.selection import Selection
 from softhooks.runtime.servable import require_servable
-from softhooks.runtime.with_blocks import lengths_of
 
 
 def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
@@ -63,8 +62,8 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
         _keep_dropout_off(prompted, stack)
     with scope_on(paged, prompted.model):
         opened = _open_for_documents(stack, call, selection, _outer_call(forward, stack), columns)
-        if paged is not None and lengths_of(prompted.model) is not None:
-            require_unchanged(paged, opened, {prompt: prompt.injected(stack) for prompt in selection.prompts})
+        if paged is not None and selection.lengths is not None:
+            require_unchanged(paged, {prompt: prompt.injected(stack) for prompt in selection.prompts})
         elif paged is not None:
             require_same_prompt(paged, opened, prompted.selection_text)
     opened.provenance = provenance

@@ -101,11 +101,6 @@ def choice_of(model: nn.Module) -> Choice:
     return _NO_CHOICE if rows is None and not off else Choice(rows, off)
 
 
-def lengths_of(model: nn.Module) -> Sequence[int] | None:
-    """Return the number of tokens of each request, in a forward of a continuous batch whose requests use different prompts."""
-    return choice_of(model).lengths
-
-
 def repeats_of(model: nn.Module) -> int:
     """Return how many rows of a batch use each entry of `rows`: in `generate`, the number of beams or samples; otherwise 1."""
     for block in reversed(blocks_of(model)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -274,6 +275,34 @@ def test_an_exclusive_forward_that_died_in_another_thread() -> None:
     assert model.model.training
     goes_on.set()
     thread.join()
+
+
+def test_an_exclusive_call_that_died_inside_a_call_that_is_not_exclusive() -> None:
+    """The outer call goes on, and other threads run the model beside it."""
+    running, goes_on, died, beside = RunningCalls(), threading.Event(), threading.Event(), threading.Event()
+
+    def die() -> None:
+        running.begin(object(), "the inner call", sys._getframe(), is_exclusive=lambda: True)
+
+    def run() -> None:
+        with running.block("the outer call"):
+            die()
+            died.set()
+            goes_on.wait(300)
+
+    def run_beside() -> None:
+        with running.block("a call of another thread"):
+            beside.set()
+
+    threads = [threading.Thread(target=run), threading.Thread(target=run_beside)]
+    threads[0].start()
+    assert died.wait(300)
+    threads[1].start()
+    was_beside = beside.wait(60)
+    goes_on.set()
+    for thread in threads:
+        thread.join()
+    assert was_beside
 
 
 def _raise(error: type[BaseException]) -> None:

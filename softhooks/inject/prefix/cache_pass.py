@@ -34,6 +34,8 @@ class CachePass(PrefixPass):
         shape: the batch size and the length of the text, including padding.
     """
 
+    keeps_cache = True
+
     def __init__(self, stack: Stack, prefix: KeyValues, call: dict[str, Any], shape: tuple[int, int]) -> None:
         super().__init__(stack, {"self": prefix}, None, stack.module.training)
         inner = cache_in(call)
@@ -53,11 +55,6 @@ class CachePass(PrefixPass):
         set_cache(call, self.cache, self.stack.parameters)
         call["attention_mask"] = self._widen_mask(call.get("attention_mask"), shape)
         self._keep_cache_in_checkpoints()
-
-    @property
-    def keeps_cache(self) -> bool:
-        """True, because the prefix enters through the cache."""
-        return True
 
     def narrowed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remove the prefix's columns from the mask that a layer without a prefix shares with the other layers."""
@@ -87,7 +84,7 @@ class CachePass(PrefixPass):
                     "through a cache.",
                     "Disable gradient checkpointing.",
                 )
-            replace_once(self.stack, module, _KEEPS_CACHE, CacheFlag, lambda own: CacheFlag(self.stack, own))
+            replace_once(self.stack, module, _KEEPS_CACHE, CacheFlag)
 
     def _widen_mask(self, mask: Any, shape: tuple[int, int]) -> Any:
         """Add the prefix's columns to the caller's mask."""
