@@ -17,6 +17,7 @@ from benchmarks.quality.plan import PROFILES, baseline_runs, final_runs, prompt_
 from benchmarks.quality.pool import execute_all
 from benchmarks.quality.records import Run, Store
 from benchmarks.quality.report import write_report
+from benchmarks.quality.same_rate import same_rate_runs
 
 RESULTS = Path(__file__).parent / "results"
 console = Console()
@@ -47,8 +48,8 @@ def main(
 
     Each run is written to a file of its own. Runs that have a file are not repeated, so an interrupted benchmark continues where
     it stopped. First the baselines are scored; then learning rates are chosen on the development rows; then the runs with these
-    rates are scored on the test rows; then come the experiments on the papers' findings,
-    which are not part of the small profile.
+    rates are scored on the test rows, and methods whose rate differs from that of PEFT's version are scored with PEFT's rate
+    too. Then come the experiments on the papers' findings, which are not part of the small profile.
     """
     chosen, store = PROFILES[profile], Store(output / profile)
     deadline = time.monotonic() + 60 * minutes
@@ -65,6 +66,7 @@ def main(
         if store.missing(remaining) == remaining:  # excluded by --only, failed, or after the deadline
             break
     go("test", [*prompted_runs(chosen, store), *final_runs(chosen, store)])
+    go("PEFT's learning rates", same_rate_runs(chosen, store))
     judged = FINDINGS if findings and chosen.findings else ()
     go("learning rates of findings", rate_runs() if judged else [])
     go("findings", [run for finding in judged for run in finding.runs])

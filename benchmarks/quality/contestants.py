@@ -19,6 +19,8 @@ from benchmarks.quality.softhooks_methods import (
     context_tuning,
     cpt,
     llama_adapter,
+    llama_adapter_v2,
+    long_prefix_tuning,
     multitask_prompt_tuning,
     p_tuning,
     p_tuning_v2,
@@ -54,6 +56,7 @@ _ALL = (
     Contestant("peft_prompt_tuning", "prompt tuning", PEFT, PROMPT, PROMPT, peft_prompt_tuning, "prompt_tuning"),
     Contestant("prefix_tuning", "prefix tuning", SOFTHOOKS, HIGH, HIGH, prefix_tuning),
     Contestant("peft_prefix_tuning", "prefix tuning", PEFT, HIGH, HIGH, peft_prefix_tuning, "prefix_tuning"),
+    Contestant("long_prefix_tuning", "prefix tuning, 60 tokens", SOFTHOOKS, None, HIGH, long_prefix_tuning),
     Contestant("p_tuning", "P-tuning", SOFTHOOKS, MIDDLE, MIDDLE, p_tuning),
     Contestant("peft_p_tuning", "P-tuning", PEFT, MIDDLE, MIDDLE, peft_p_tuning, "p_tuning"),
     Contestant("p_tuning_v2", "P-tuning v2", SOFTHOOKS, HIGH, None, p_tuning_v2),
@@ -69,6 +72,7 @@ _ALL = (
     ),
     Contestant("llama_adapter", "LLaMA-Adapter", SOFTHOOKS, HIGH, HIGH, llama_adapter),
     Contestant("peft_llama_adapter", "LLaMA-Adapter", PEFT, None, HIGH, peft_llama_adapter, "llama_adapter"),
+    Contestant("llama_adapter_v2", "LLaMA-Adapter, version 2", SOFTHOOKS, None, MIDDLE, llama_adapter_v2),
     Contestant("residual_prompt_tuning", "residual prompt tuning", SOFTHOOKS, MIDDLE, MIDDLE, residual_prompt_tuning),
     Contestant(
         "superposed_prompt_tuning", "prompt of superposed words", VARIANT, None, PROMPT, superposed_prompt_tuning

@@ -11,7 +11,7 @@ from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Finding
 from benchmarks.quality.models import SHORT_NAMES
-from benchmarks.quality.plan import GENERATED, PROFILES, chosen_rate, search_shots
+from benchmarks.quality.plan import GENERATED, PROFILES, chosen_rate, contestants_of, search_shots
 from benchmarks.quality.records import Store
 from benchmarks.quality.run import FEW_SHOT, ZERO_SHOT
 from benchmarks.quality.standings import LORA, Cell, Standings, label_of
@@ -32,20 +32,22 @@ class Subject:
     Attributes:
         contestant: of the comparison; None if the method is not one.
         findings: the names of the experiments on the method.
+        others: contestants that are the same method with other options.
     """
 
     contestant: str | None
     findings: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 SUBJECTS = {
     "prompt_tuning": Subject("prompt_tuning", ("prompt_length", "prompt_init", "chat_start", "schedule", "precision")),
-    "prefix_tuning": Subject("prefix_tuning", ("prefix_init", "prefix_mlp", "prefix_layers")),
+    "prefix_tuning": Subject("prefix_tuning", ("prefix_init", "prefix_mlp", "prefix_layers"), ("long_prefix_tuning",)),
     "p_tuning": Subject("p_tuning", ("anchors",)),
     "p_tuning_v2": Subject("p_tuning_v2", ("deep", "deep_layers", "dropout")),
     "multitask_prompt_tuning": Subject("multitask_prompt_tuning", ("transfer", "transfer_parts")),
     "context_aware_prompt_tuning": Subject(None, ("cpt", "cpt_parts")),
-    "llama_adapter": Subject("llama_adapter", ("zero_gate",)),
+    "llama_adapter": Subject("llama_adapter", ("zero_gate",), ("llama_adapter_v2",)),
     "residual_prompt_tuning": Subject("residual_prompt_tuning"),
     "context_tuning": Subject("context_tuning"),
     "cartridge": Subject(None, ("cartridge",)),
@@ -64,7 +66,7 @@ def measured(standings: Standings, name: str, findings: Sequence[Finding] = FIND
         findings: the experiments from which those of the method are taken.
     """
     subject = SUBJECTS[name]
-    parts = [] if subject.contestant is None else _comparison(standings, subject.contestant)
+    parts = [] if subject.contestant is None else _comparison(standings, subject.contestant, subject.others)
     verdicts = []
     for finding in (one for one in findings if one.name in subject.findings):
         verdict = finding.judge(standings.store)
@@ -78,18 +80,19 @@ def measured(standings: Standings, name: str, findings: Sequence[Finding] = FIND
     return "\n\n".join(["## Measured", *parts, link]) + "\n"
 
 
-def _comparison(standings: Standings, contestant: str) -> list[str]:
-    """Return a table of the tasks in which a contestant was tuned, and what is in it."""
+def _comparison(standings: Standings, contestant: str, others: Sequence[str]) -> list[str]:
+    """Return a table of the tasks in which a contestant, or one of the others, was tuned, and what is in it."""
     profile, shots = standings.profile, search_shots(standings.profile)
     peft = [name for name, known in CONTESTANTS.items() if known.twin == contestant]
-    columns = [contestant, *peft, LORA]
+    tried = {name for model in profile.tasks for name in contestants_of(profile, model)}
+    own = [name for name in (contestant, *others) if name in tried]
+    columns = [*own, *peft, LORA]
     rows, models = [], []
     for task, model in standings.pairs():
-        cell = _cell(standings, task, model, contestant, shots)
-        if cell is not None:
+        tuned = [_cell(standings, task, model, name, shots) for name in columns]
+        if any(tuned[: len(own)]):
             models.append(model)
-            others = [_cell(standings, task, model, name, shots) for name in columns[1:]]
-            cells = [cell, *others, _best_words(standings, task, model)]
+            cells = [*tuned, _best_words(standings, task, model)]
             rows.append([f"{task}, {SHORT_NAMES[model]}", *(str(one.summary) if one else "" for one in cells)])
     if not rows:
         return []

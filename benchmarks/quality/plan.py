@@ -20,11 +20,13 @@ SEARCH_SHOTS = 32
 EXTENSIONS = 2
 """How often a contestant tries another learning rate because its best is the highest or the lowest."""
 
-CORE = ("lora", "prompt_tuning", "peft_prompt_tuning", "prefix_tuning", "peft_prefix_tuning")
-"""The contestants that tune the language model with all numbers of rows, and on the tasks without a search for learning rates.
+CORE = ("head", "full", "lora", "prompt_tuning", "peft_prompt_tuning", "prefix_tuning", "peft_prefix_tuning")
+"""The contestants that are tuned with all numbers of rows, and on the tasks without a search for learning rates.
 
-The others tune it only with `SEARCH_SHOTS` rows of each class of the other tasks: a run takes minutes.
+The others are tuned only with `SEARCH_SHOTS` rows of each class of the other tasks: all runs together take hours.
 """
+LARGE = ("long_prefix_tuning", "llama_adapter_v2")
+"""Methods with more parameters than the others, as LoRA has; they are tested on all tasks of the language model."""
 
 EXAMPLES, GENERATED_EXAMPLES = (1, 2, None), (1, 3, 8)
 """The numbers of examples in a few-shot context, of each class or of all; None for as many as fit."""
@@ -203,11 +205,9 @@ def contestants_of(profile: Profile, model: str) -> tuple[str, ...]:
 def shots_of(profile: Profile, task: str, model: str, contestant: str) -> tuple[int, ...]:
     """Return the numbers of training rows with which a contestant is tested."""
     few = (search_shots(profile),)
-    if is_encoder(model):
-        return profile.shots
     if task in profile.searched:
         return profile.shots if contestant in CORE else few
-    return few if contestant in CORE else ()
+    return few if contestant in (*CORE, *LARGE) else ()
 
 
 def search_shots(profile: Profile) -> int:

@@ -50,7 +50,9 @@ COMPARISONS = (
     "necessary, to the t interval of the variation over rows and over seeds (paired by seed; Welch's degrees of freedom). "
     '"Not better" is the share of resamples in '
     "which the first contestant is not better than the second. Two contestants are on a par if the difference is at most one "
-    "standard error, which is computed from the standard errors of both scores."
+    "standard error, which is computed from the standard errors of both scores. Where the learning rates that were chosen for a "
+    "method and for PEFT's version of it differ, the method is also compared with PEFT's rate: a difference that disappears then "
+    "comes from the choice of the rate, on development rows with one seed."
 )
 TWO_SEEDS = "Two seeds: treat standard errors as indicative."
 RULE = (

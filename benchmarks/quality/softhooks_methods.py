@@ -20,6 +20,9 @@ from softhooks.trainer.callback import SoftPromptCallback
 RUNNER_OPTIONS = frozenset({*transfer.OPTIONS, "freeze_dropout", "bfloat16", "schedule"})
 """Options of a run that the methods do not have."""
 
+LONG = 60
+"""The virtual tokens of a long prefix."""
+
 GENERATED_EXAMPLES = 8
 """The examples from which context tuning starts, if answers are generated."""
 
@@ -53,6 +56,11 @@ def prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
 def prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
     """Make a prefix that starts as the keys and values of the task's instruction."""
     return with_method(model, softhooks.PrefixTuning(**with_options(setup, starting_words(setup))), setup)
+
+
+def long_prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a prefix of 60 tokens, which has the number of parameters of a small LoRA."""
+    return prefix_tuning(model, setup.with_options(num_virtual_tokens=LONG))
 
 
 def p_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
@@ -92,6 +100,11 @@ def llama_adapter(model: PreTrainedModel, setup: Setup) -> Prepared:
     if gates != "zero":
         prepared.callbacks.append(SetGates(prepared.callbacks[0], gates))
     return prepared
+
+
+def llama_adapter_v2(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make an adapter that also trains a factor and an offset for the output of every linear layer."""
+    return llama_adapter(model, setup.with_options(scale_and_bias=True))
 
 
 def residual_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from benchmarks.quality.contestants import CONTESTANTS
+from benchmarks.quality.plan import search_shots
 from benchmarks.quality.records import Record
+from benchmarks.quality.same_rate import same_rate_records
 from benchmarks.quality.standings import LORA, Cell, Standings, label_of
 from benchmarks.quality.statistics import Comparison, compare
 
@@ -94,13 +96,20 @@ def _mean(cell: Cell, value: Callable[[Record], float]) -> float:
 
 
 def against_peft(standings: Standings, task: str, model: str, shots: int) -> list[Compared]:
-    """Compare each method of softhooks with PEFT's version of it, where both have results."""
+    """Compare each method of softhooks with PEFT's version of it, where both have results.
+
+    If the two have different learning rates, the method is also compared with PEFT's rate, where there are results.
+    """
     found = []
     for peft, contestant in CONTESTANTS.items():
         if contestant.twin is not None:
             own, other = _common(standings, task, model, contestant.twin, peft, shots)
             if own and other:
                 found.append((shots, label_of(contestant.twin), label_of(peft), compare(own, other)))
+            same = same_rate_records(standings.profile, standings.store, task, model, peft)
+            if other and same and shots == search_shots(standings.profile):
+                label = f"{label_of(contestant.twin)}, with PEFT's learning rate"
+                found.append((shots, label, label_of(peft), compare(same, other)))
     return found
 
 

@@ -56,7 +56,8 @@ def test_a_page_shows_the_results_that_are_kept(path: Path) -> None:
 def test_every_subject_exists() -> None:
     names = {found[0] for path in PAGES.glob("*.md") if (found := MARKER.search(path.read_text(encoding="utf-8")))}
     assert names == set(SUBJECTS)
-    assert {subject.contestant for subject in SUBJECTS.values()} - {None} <= set(CONTESTANTS)
+    contestants = {name for subject in SUBJECTS.values() for name in (subject.contestant, *subject.others)}
+    assert contestants - {None} <= set(CONTESTANTS)
     shown = [name for subject in SUBJECTS.values() for name in subject.findings]
     assert sorted(shown) == sorted(finding.name for finding in FINDINGS)
 

@@ -9,6 +9,7 @@ from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.plan import (
     EXTENSIONS,
     FULL,
+    LARGE,
     SMALL,
     at_an_end,
     baseline_runs,
@@ -17,6 +18,7 @@ from benchmarks.quality.plan import (
     prompt_runs,
     prompted_runs,
     search_runs,
+    shots_of,
 )
 from benchmarks.quality.records import Record, Run, Store
 
@@ -50,6 +52,14 @@ class TestPlan:
             assert ((models.SMOLLM2, name) in runs) == (contestant.decoder_rates is not None)
         baselines = {(run.task, run.contestant) for run in baseline_runs(FULL)}
         assert {("glosses", "tfidf"), ("synopses", "first_sentence")} <= baselines
+
+    def test_contestants_outside_the_core_are_tuned_with_one_number_of_rows(self) -> None:
+        """A baseline such as the head alone belongs to the core, so every comparison of sizes has one."""
+        assert shots_of(FULL, "glosses", models.SMOLLM2, "prompt_tuning") == FULL.shots
+        assert shots_of(FULL, "docstrings", models.MINILM, "head") == FULL.shots
+        assert shots_of(FULL, "glosses", models.MINILM, "p_tuning_v2") == (32,)
+        assert shots_of(FULL, "synopses", models.SMOLLM2, "p_tuning") == ()
+        assert {shots_of(FULL, "synopses", models.SMOLLM2, name) for name in (*LARGE, "lora")} == {(32,)}
 
     def test_the_search_for_learning_rates_ends(self, tmp_path: Path) -> None:
         store = Store(tmp_path)
