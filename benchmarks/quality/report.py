@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.quality.baselines import CONTEXT_LIMIT
+from benchmarks.quality.comparisons import COMPARISONS, comparisons
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Finding, score_name
 from benchmarks.quality.models import DESCRIPTIONS, is_encoder
@@ -23,12 +24,9 @@ from benchmarks.quality.plots import Point, plot_shots, plot_trained
 from benchmarks.quality.records import Store
 from benchmarks.quality.run import FEW_SHOT, PARTS, ZERO_SHOT
 from benchmarks.quality.standings import Cell, Standings, label_of
-from benchmarks.quality.statistics import CONFIDENCE, RESAMPLES, summarize
+from benchmarks.quality.statistics import CONFIDENCE, summarize
 from benchmarks.quality.tables import (
     MISSING,
-    against_lora,
-    against_peft,
-    comparison_table,
     markdown_table,
     scores_table,
 )
@@ -43,16 +41,6 @@ SCORES = (
     "cell is empty if it does not apply or no runs are planned for it. Values separated by slashes are for the shots in "
     "order. Context: mean tokens before each row, apart from virtual tokens. Seconds: mean training time; for contexts, scoring "
     "time; for baselines without a model, both."
-)
-COMPARISONS = (
-    f"The difference is the first score minus the second. Its {CONFIDENCE:.0%} interval is from a paired bootstrap: each row's "
-    f"scores are averaged over seeds, and rows are resampled {RESAMPLES:,} times. With several seeds, it is widened, if "
-    "necessary, to the t interval of the variation over rows and over seeds (paired by seed; Welch's degrees of freedom). "
-    '"Not better" is the share of resamples in '
-    "which the first contestant is not better than the second. Two contestants are on a par if the difference is at most one "
-    "standard error, which is computed from the standard errors of both scores. Where the learning rates that were chosen for a "
-    "method and for PEFT's version of it differ, the method is also compared with PEFT's rate: a difference that disappears then "
-    "comes from the choice of the rate, on development rows with one seed."
 )
 TWO_SEEDS = "Two seeds: treat standard errors as indicative."
 RULE = (
@@ -86,7 +74,7 @@ def write_report(store: Store, profile: Profile, directory: Path, findings: Sequ
         ["# Quality of prompts on real models"],
         ["## How it was measured", *_measured(standings)],
         ["## Scores", SCORES, *_scores(standings, directory)],
-        ["## Comparisons", COMPARISONS, *_comparisons(standings)],
+        ["## Comparisons", COMPARISONS, *comparisons(standings)],
     ]
     if findings:
         judged = [part for finding in findings for part in _finding(finding, store, directory)]
@@ -232,28 +220,6 @@ def _common_shots(standings: Standings, task: str, model: str) -> int:
 
 def _size(cell: Cell) -> Point:
     return Point(cell.records[0].trained, summarize(cell.records))
-
-
-def _comparisons(standings: Standings) -> list[str]:
-    parts = []
-    for task, model in standings.pairs():
-        rows, sentences = [], []
-        for shots in standings.profile.shots:
-            lora, best = against_lora(standings, task, model, shots), standings.best_method(task, model, shots)
-            if lora is None or best is None:
-                sentences.append(f"{shots} shots: {MISSING} (there are no results of LoRA or of softhooks' methods)")
-            else:
-                _, first, second, found = lora
-                sentences.append(
-                    f"{shots} shots: {first}, the best softhooks method on the {best[1]} rows, against {second}: "
-                    f"{found.sentence} ({found})."
-                )
-                rows.append(lora)
-            rows += against_peft(standings, task, model, shots)
-        parts += [f"### {task}, {model}", _items(sentences)]
-        if rows:
-            parts.append(comparison_table(rows))
-    return parts
 
 
 def _finding(finding: Finding, store: Store, directory: Path) -> list[str]:

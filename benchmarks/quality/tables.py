@@ -6,17 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.quality.contestants import CONTESTANTS
-from benchmarks.quality.plan import search_shots
 from benchmarks.quality.records import Record
-from benchmarks.quality.same_rate import same_rate_records
-from benchmarks.quality.standings import LORA, Cell, Standings, label_of
-from benchmarks.quality.statistics import Comparison, compare
+from benchmarks.quality.standings import Cell, Standings, label_of
 
 MISSING = "–"  # noqa: RUF001  # an en dash
-
-Compared = tuple[int, str, str, Comparison]
-"""A number of shots, two contestants, and their comparison."""
 
 Cells = Mapping[int, Cell | None]
 """The cells of a contestant for each number of shots."""
@@ -93,66 +86,3 @@ def _count(cell: Cell, value: Callable[[Record], float]) -> str:
 
 def _mean(cell: Cell, value: Callable[[Record], float]) -> float:
     return float(np.mean([value(record) for record in cell.records]))
-
-
-def against_peft(standings: Standings, task: str, model: str, shots: int) -> list[Compared]:
-    """Compare each method of softhooks with PEFT's version of it, where both have results.
-
-    If the two have different learning rates, the method is also compared with PEFT's rate, where there are results.
-    """
-    found = []
-    for peft, contestant in CONTESTANTS.items():
-        if contestant.twin is not None:
-            own, other = _common(standings, task, model, contestant.twin, peft, shots)
-            if own and other:
-                found.append((shots, label_of(contestant.twin), label_of(peft), compare(own, other)))
-            same = same_rate_records(standings.profile, standings.store, task, model, peft)
-            if other and same and shots == search_shots(standings.profile):
-                label = f"{label_of(contestant.twin)}, with PEFT's learning rate"
-                found.append((shots, label, label_of(peft), compare(same, other)))
-    return found
-
-
-def against_lora(standings: Standings, task: str, model: str, shots: int) -> Compared | None:
-    """Compare the best method of softhooks with LoRA, or return None if one of them has no results."""
-    best = standings.best_method(task, model, shots)
-    if best is None:
-        return None
-    own, lora = _common(standings, task, model, best[0], LORA, shots)
-    if not (own and lora):
-        return None
-    return shots, label_of(best[0]), label_of(LORA), compare(own, lora)
-
-
-def _common(
-    standings: Standings, task: str, model: str, first: str, second: str, shots: int
-) -> tuple[list[Record], list[Record]]:
-    """Return the results of two contestants with the seeds that both have."""
-    own, other = (_records(standings, task, model, name, shots) for name in (first, second))
-    seeds = {record.run.seed for record in own} & {record.run.seed for record in other}
-    return [r for r in own if r.run.seed in seeds], [r for r in other if r.run.seed in seeds]
-
-
-def _records(standings: Standings, task: str, model: str, contestant: str, shots: int) -> list[Record]:
-    cell = standings.cell(task, model, contestant, shots)
-    return [] if cell is None else cell.records
-
-
-def comparison_table(compared: Sequence[Compared]) -> str:
-    """Return a table of comparisons."""
-    header = ["first", "second", "outcome", "shots", "first score", "second score", "difference", "95% interval"]
-    rows = [
-        [
-            first,
-            second,
-            found.sentence,
-            str(shots),
-            str(found.first),
-            str(found.second),
-            f"{found.difference:+.3f}",
-            f"{found.low:+.3f} to {found.high:+.3f}",
-            f"{found.not_better:.1%}",
-        ]
-        for shots, first, second, found in compared
-    ]
-    return markdown_table([*header, "not better"], rows, left=3)

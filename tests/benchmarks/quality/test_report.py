@@ -215,6 +215,8 @@ def test_comparisons_say_better_worse_and_on_a_par(store: Store, tmp_path: Path)
     section = text.split("## Comparisons")[1].split("## Findings")[0]
     best = "prompt tuning (softhooks), the best softhooks method on the development rows"
     assert f"32 shots: {best}, against LoRA, r = 8 (PEFT): better (+" in section
+    assert re.search(r"Better on the test rows: prompt tuning \(softhooks\), 0\.7\d\d ± 0\.\d{3}\.", section)
+    assert re.search(r"On a par on the test rows: prefix tuning \(softhooks\), 0\.", section)
     peft = [
         line for line in section.split("\n") if line.startswith("| prefix tuning (softhooks) | prefix tuning (PEFT)")
     ]
@@ -230,6 +232,7 @@ def test_comparisons_say_better_worse_and_on_a_par(store: Store, tmp_path: Path)
             )
     section = _report(store, tmp_path).split("## Comparisons")[1].split("## Findings")[0]
     assert "against LoRA, r = 8 (PEFT): worse (" in section
+    assert "All methods of softhooks are worse on the test rows." in section
     assert re.search(
         r"\| prompt tuning \(softhooks\) \| prompt tuning \(PEFT\) \| on a par within one standard error", section
     )

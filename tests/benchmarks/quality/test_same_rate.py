@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quality.comparisons import against_peft
 from benchmarks.quality.models import SMOLLM2
 from benchmarks.quality.plan import Profile, final_runs, search_runs
 from benchmarks.quality.records import Record, Run, Store
 from benchmarks.quality.same_rate import same_rate_records, same_rate_runs
 from benchmarks.quality.standings import Standings
-from benchmarks.quality.tables import against_peft
 
 OWN, PEFT = "prompt_tuning", "peft_prompt_tuning"
 PROFILE = Profile(
