@@ -62,6 +62,16 @@ def test_prompts_are_added_tagged_listed_and_removed(saved: Path, tmp_path: Path
     assert PromptStore(folder).names() == ["second"]
 
 
+def test_replace_replaces_the_prompt_and_its_tags(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    run("add", folder, saved, "--tag", "old")
+    (folder / "sst2" / TENSORS).write_bytes(b"damaged")
+    run("add", folder, saved, "--tag", "new", "--replace")
+    store = PromptStore(folder)
+    assert store.tags("sst2") == ["new"]
+    assert store.load(zoo.build("llama"), "sst2").is_attached
+
+
 def test_a_damaged_prompt_is_listed_as_damaged(saved: Path, tmp_path: Path) -> None:
     run("add", tmp_path / "store", saved)
     (tmp_path / "store" / "sst2" / TENSORS).write_bytes(b"damaged")

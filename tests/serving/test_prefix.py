@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicCache
-from typer.testing import CliRunner
 
 import softhooks
 from softhooks import (
@@ -26,12 +24,10 @@ from softhooks import (
     PTuning,
     PTuningV2,
 )
-from softhooks.cli import app
 from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModelError
 from softhooks.serving.prefix import Prefix, prefix_of
-from softhooks.serving.prefix_files import read_prefix, write_prefix
+from softhooks.serving.prefix_files import digest, read_prefix, write_prefix
 from softhooks.serving.prompt_folder import PromptFolder
-from softhooks.serving.prompt_store import PromptStore
 
 METHODS: dict[str, softhooks.Method] = {
     "prefix": PrefixTuning(5),
@@ -127,6 +123,28 @@ def test_only_one_active_prompt_is_exported() -> None:
         prefix_of(model)
 
 
+def test_prompts_by_row_are_not_exported() -> None:
+    model, _ = attached("llama", PrefixTuning(3))
+    with (
+        softhooks.rows(model, ["default", None]),
+        pytest.raises(OptionError, match=r"\['default', None\]; exactly one prompt"),
+    ):
+        prefix_of(model)
+
+
+def test_trained_added_tokens_are_refused() -> None:
+    model, _ = attached("llama", PromptTuning(3), train_added_tokens=[90, 91])
+    with pytest.raises(UnsupportedMethodError, match=r"needs: +embeddings of added tokens"):
+        prefix_of(model)
+
+
+def test_rotary_frequencies_that_depend_on_the_text_are_refused() -> None:
+    model = zoo.build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    softhooks.attach(model, PrefixTuning(3))
+    with pytest.raises(UnsupportedModelError, match="depend on the length of the text"):
+        prefix_of(model)
+
+
 # --- files --------------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +159,16 @@ def test_a_file_holds_the_prefix(prefix: Prefix, tmp_path: Path) -> None:
     assert all(map(torch.equal, (*read.keys, *read.values), (*prefix.keys, *prefix.values)))
     other = replace(prefix, keys=(prefix.keys[0] + 1, *prefix.keys[1:]))
     assert read_prefix(write_prefix(tmp_path, "de", other))[1] != digest
+
+
+def test_a_digest_tells_the_facts_and_the_dtype_apart(prefix: Prefix) -> None:
+    other = replace(prefix, facts=replace(prefix.facts, windowed=not prefix.facts.windowed))
+    same_bytes = replace(
+        prefix,
+        keys=tuple(key.view(torch.bfloat16) for key in prefix.keys),
+        values=tuple(value.view(torch.bfloat16) for value in prefix.values),
+    )
+    assert len({digest(one) for one in (prefix, other, same_bytes)}) == 3
 
 
 @pytest.mark.parametrize("name", ["", ".en", "a/b", "../x", "a b", "x" * 129, 7, None], ids=repr)
@@ -210,79 +238,3 @@ def test_files_that_come_change_and_go(prefix: Prefix, tmp_path: Path) -> None:
 def test_a_directory_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is not a directory"):
         PromptFolder(tmp_path / "none")
-
-
-# --- the command --------------------------------------------------------------------------------------------------------
-
-runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("saved")
-    model = zoo.build("llama")
-    model.save_pretrained(folder / "model")
-    for name, method in {"en": PrefixTuning(5), "de": PromptTuning(3), "adapter": LlamaAdapter(3)}.items():
-        with softhooks.attach(model, method) as prompt:
-            prompt.save_pretrained(folder / name)
-    return folder
-
-
-def run(saved: Path, output: Path, *prompts: str) -> Any:
-    folders = [str(saved / name) for name in prompts]
-    return runner.invoke(
-        app.app, ["export", *folders, "--to", "vllm", "--model", str(saved / "model"), "--output", str(output)]
-    )
-
-
-def test_export_writes_a_file_for_each_prompt_and_names_the_option(saved: Path, tmp_path: Path) -> None:
-    done = run(saved, tmp_path / "served", "en", "de")
-    assert done.exit_code == 0, done.output
-    assert PromptFolder(tmp_path / "served").names() == ["de", "en"]
-    assert "en.safetensors: prefix_tuning, 5 virtual tokens, 2 layers" in done.output
-    option, value = shlex.split(done.stdout.splitlines()[-1])
-    assert option == "--kv-transfer-config"
-    assert json.loads(value)["kv_connector_extra_config"] == {"prompts": str(tmp_path / "served")}
-
-
-def test_export_refuses_prompts_of_the_same_name_and_what_is_no_prefix(saved: Path, tmp_path: Path) -> None:
-    assert "two prompts would get the name 'en'" in str(run(saved, tmp_path, "en", "en").exception)
-    assert isinstance(run(saved, tmp_path, "adapter").exception, UnsupportedMethodError)
-    assert PromptFolder(tmp_path).names() == []
-
-
-def test_export_of_a_store(saved: Path, tmp_path: Path) -> None:
-    store, served = PromptStore(tmp_path / "store"), tmp_path / "served"
-    command = ["export", "--to", "vllm", "--model", str(saved / "model"), "--output", str(served)]
-    for name in ("en", "de"):
-        store.add(saved / name, name)
-    store.tag("de", "production")
-    refused = runner.invoke(app.app, [*command, "--store", str(store.folder), "--tag", "new"])
-    assert "contains no prompt with the tag 'new'" in str(refused.exception)
-    done = runner.invoke(app.app, [*command, "--store", str(store.folder), "--tag", "production"])
-    assert done.exit_code == 0, done.output
-    assert PromptFolder(served).names() == ["de"]
-    done = runner.invoke(app.app, [*command, "--store", str(store.folder)])
-    assert done.exit_code == 0, done.output
-    assert PromptFolder(served).names() == ["de", "en"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "there is no prompt to export"),
-        (("--tag", "production"), "--tag selects prompts of a store"),
-        (("--store", "{empty}"), "contains no prompt"),
-    ],
-    ids=["nothing", "tag", "empty store"],
-)
-def test_export_of_nothing(options: tuple[str, ...], message: str, saved: Path, tmp_path: Path) -> None:
-    command = ["export", "--to", "vllm", "--model", str(saved / "model"), "--output", str(tmp_path / "served")]
-    done = runner.invoke(app.app, [*command, *(option.format(empty=tmp_path) for option in options)])
-    assert message in str(done.exception)
-
-
-def test_a_request_with_a_text_has_one_prompt(saved: Path, tmp_path: Path) -> None:
-    command = ["export", str(saved / "en"), str(saved / "de"), "--to", "vllm", "--model", str(saved / "model")]
-    done = runner.invoke(app.app, [*command, "--output", str(tmp_path), "--text", "word5"])
-    assert "2 prompts are given with --text" in str(done.exception)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 import untouched
 import zoo
-from hub_stand_in import HubStandIn
 
 import softhooks
-from softhooks import PrefixTuning, PromptStore, PromptTuning
+from softhooks import PromptStore, PromptTuning
 from softhooks.errors import CheckpointError, NameTakenError, NotAttachedError, OptionError, PromptMismatchError
+from softhooks.formats import softhooks_files
 from softhooks.formats.files import read_tensors
+from softhooks.formats.find import read
 from softhooks.formats.softhooks_files import DESCRIPTION, TENSORS
 from softhooks.serving.tags import FILE as TAGS
 
@@ -29,31 +31,6 @@ BAD_NAMES = ["", ".", "..", "a/b", "../en", "/etc", "a.b", "keys", "a" * 129, "e
 def _clean() -> Iterator[None]:
     yield
     untouched.remove_all()
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> dict[str, torch.Tensor]:
-    """Two saved prompts, and the logits of the model with each."""
-    logits = {}
-    for name, method in {"en": PromptTuning(4), "de": PrefixTuning(3)}.items():
-        torch.manual_seed(len(logits))
-        model = zoo.build("llama")
-        with softhooks.attach(model, method) as prompt:
-            with torch.no_grad():
-                for parameter in prompt.encoder.parameters():
-                    parameter.add_(torch.randn_like(parameter))
-            logits[name] = model(IDS).logits
-            prompt.save_pretrained(tmp_path / name)
-    return logits
-
-
-@pytest.fixture
-def store(tmp_path: Path, saved: dict[str, torch.Tensor]) -> PromptStore:
-    made = PromptStore(tmp_path / "store")
-    assert made.names() == []
-    made.add(tmp_path / "en", "en", tags=["production", "v2"])
-    made.add(tmp_path / "de", "de")
-    return made
 
 
 def test_prompts_are_loaded_by_name(store: PromptStore, saved: dict[str, torch.Tensor]) -> None:
@@ -79,6 +56,14 @@ def test_tags_select_prompts(store: PromptStore) -> None:
     assert store.names(tag="other") == []
     store.untag("en", "production")
     assert not (store.folder / "en" / TAGS).exists()
+
+
+def test_tags_are_added_to_those_that_are_there(store: PromptStore) -> None:
+    store.tag("en", "new")
+    assert store.tags("en") == ["new", "production", "v2"]
+    with pytest.raises(OptionError, match="at most 64"):
+        store.tag("en", *(f"t{number}" for number in range(62)))
+    assert store.tags("en") == ["new", "production", "v2"]
 
 
 def test_an_attached_prompt_and_one_that_is_saved_into_the_folder(tmp_path: Path) -> None:
@@ -157,16 +142,9 @@ def test_damaged_tags_are_refused(content: bytes, store: PromptStore) -> None:
 # --- the base model -----------------------------------------------------------------------------------------------------
 
 
-def another(**sizes: int) -> Any:
-    torch.manual_seed(9)
-    return zoo.build("llama", **sizes)
-
-
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 64}], ids=["weights", "sizes"])
 def test_a_store_is_for_one_base(sizes: dict[str, int], store: PromptStore, tmp_path: Path) -> None:
-    model = another(**sizes)
-    for parameter in model.parameters():
-        parameter.data.normal_()
+    model = zoo.build("llama", seed=9, **sizes)
     prompt = softhooks.attach(model, PromptTuning(2))
     with pytest.raises(PromptMismatchError, match="belong to another base model than 'other'"):
         store.add(prompt, "other")
@@ -217,63 +195,21 @@ def test_what_is_written_is_what_save_pretrained_writes(store: PromptStore, tmp_
     assert json.loads((store.folder / "en" / TAGS).read_text()) == {"tags": ["production", "v2"]}
 
 
-# --- collections on the Hub ---------------------------------------------------------------------------------------------
-
-SLUG = "me/prompts-64f9a55bb3115b4f513ec026"
-
-
-def test_a_collection_is_added_with_the_names_of_its_repositories(
-    hub: HubStandIn, tmp_path: Path, saved: dict[str, torch.Tensor]
-) -> None:
-    commits = [hub.add("me/en.v1", tmp_path / "en"), hub.add("you/de", tmp_path / "de")]
-    hub.collections[SLUG] = [("model", "me/en.v1"), ("dataset", "me/rows"), ("model", "you/de")]
-    store, model = PromptStore(tmp_path / "store"), zoo.build("llama")
-    assert store.add_collection(SLUG, tags=["hub"]) == ["en-v1", "de"]
-    assert store.names(tag="hub") == ["de", "en-v1"]
-    for name, logits, commit in zip(["en-v1", "de"], saved.values(), commits, strict=True):
-        with store.load(model, name) as prompt:
-            torch.testing.assert_close(model(IDS).logits, logits)
-            assert prompt.loaded_from is not None
-            assert prompt.loaded_from.commit_hash == commit
-    with pytest.raises(NameTakenError):
-        store.add_collection(SLUG)
-    assert store.add_collection(SLUG, replace=True) == ["en-v1", "de"]
-    assert store.names(tag="hub") == []
+def test_a_prompt_in_the_folder_without_a_fingerprint_is_loaded_only_on_request(store: PromptStore) -> None:
+    stored = read(store.folder / "en")
+    softhooks_files.write(replace(stored, base=replace(stored.base, fingerprint=None)), store.folder / "by_hand")
+    model = zoo.build("llama")
+    with pytest.raises(CheckpointError, match="does not describe the weights"):
+        store.load(model, "by_hand")
+    assert store.load(model, "by_hand", strict=False).is_attached
 
 
-def test_a_collection_is_added_as_a_whole_or_not_at_all(
-    hub: HubStandIn, tmp_path: Path, saved: dict[str, torch.Tensor]
-) -> None:
-    hub.add("me/en", tmp_path / "en")
-    hub.add("me/other", _other(tmp_path / "other"))
-    hub.add("me/weights", _without_prompt(tmp_path / "weights"))
-    store = PromptStore(tmp_path / "store")
-    for items, error in [
-        ([("model", "me/en"), ("model", "me/other")], PromptMismatchError),
-        ([("model", "me/en"), ("model", "me/weights")], CheckpointError),
-        ([("model", "me/en"), ("model", "me/missing")], CheckpointError),
-        ([("model", "me/en"), ("model", "you/en")], NameTakenError),
-        ([("model", "me/keys")], NameTakenError),
-        ([("dataset", "me/rows")], CheckpointError),
-    ]:
-        hub.collections[SLUG] = items
-        with pytest.raises(error):
-            store.add_collection(SLUG)
-        assert store.names() == []
-    with pytest.raises(CheckpointError, match="the collection 'me/none' cannot be read"):
-        store.add_collection("me/none")
-
-
-def _other(folder: Path) -> Path:
-    model = another()
-    for parameter in model.parameters():
-        parameter.data.normal_()
-    with softhooks.attach(model, PromptTuning(2)) as prompt:
-        prompt.save_pretrained(folder)
-    return folder
-
-
-def _without_prompt(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
+def test_the_options_of_load_are_passed_on(store: PromptStore) -> None:
+    model, other = zoo.build("llama"), zoo.build("llama", seed=9)
+    frozen, trained = store.load(model, "en"), store.load(model, "de", as_name="x", trainable=True)
+    assert not any(one.requires_grad for one in frozen.parameters())
+    assert any(one.requires_grad for one in trained.parameters())
+    assert trained.name == "x"
+    with pytest.raises(PromptMismatchError):
+        store.load(other, "en")
+    assert store.load(other, "en", strict=False).is_attached

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,19 @@ def test_a_section_compares_a_method_with_peft_lora_and_words(results: Standings
     )
     assert scores.startswith("| docstrings, SmolLM2 | 0.750 ± 0.000 | 0.500 ± 0.000 | 0.700 ± 0.000 | 0.300 ±")
     assert rates == "| learning rate, SmolLM2 | 0.003 | 0.003 | 0.003 |  |"
+
+
+def _finding(name: str, judgment: str) -> Any:
+    verdict = SimpleNamespace(judgment=judgment, sentence="0.7 against 0.5.")
+    return SimpleNamespace(name=name, claim=f"About {name}.", judge=lambda store: verdict)
+
+
+def test_a_section_says_what_the_experiments_on_the_method_found(results: Standings) -> None:
+    found = [_finding("prefix_init", "confirmed"), _finding("prefix_mlp", "not measured")]
+    section = measured(results, "prefix_tuning", [*found, _finding("anchors", "confirmed")])
+    assert "- About prefix_init. **Confirmed.** 0.7 against 0.5.\n" in section
+    assert "prefix_mlp" not in section
+    assert "anchors" not in section
 
 
 def test_without_results_a_page_ends_with_its_comment(tmp_path: Path, results: Standings) -> None:
