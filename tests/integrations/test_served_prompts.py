@@ -17,10 +17,12 @@ pytest.importorskip("openai")
 pytest.importorskip("httpx")
 
 import served
+from transformers import AutoModelForCausalLM
 
 from softhooks import LlamaAdapter, PrefixTuning, PromptStore, PromptTuning
-from softhooks.errors import CheckpointError, OptionError, UnsupportedModeError
+from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, UnsupportedModeError
 from softhooks.integrations import transformers_serve as integration
+from softhooks.integrations._served_prompts import ServedPrompts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -211,3 +213,28 @@ def test_a_store_that_cannot_be_served_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         integration.serve(None, str(tmp_path / "model"), store=store.folder, device="cpu")
     assert PromptStore(store.folder).names() == ["a", "b"]
+
+
+def test_only_the_prompts_with_the_tag_are_served_from_the_start(tmp_path: Path) -> None:
+    store = served.write(tmp_path, {name: served.METHODS[name] for name in ("en", "de")})
+    store.tag("de", "production")
+    prompts = ServedPrompts({}, store, "production", strict=True)
+    prompts.base = "m"
+    prompts.attach_all(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    assert prompts.ids() == ["m", "m:de"]
+    prompts.load("en")
+    assert prompts.ids() == ["m", "m:de", "m:en"]
+
+
+@pytest.mark.parametrize("given", ["path", "store"])
+def test_prompts_of_another_base_are_served_only_without_strict(given: str, tmp_path: Path) -> None:
+    store = served.write(tmp_path, {"en": served.METHODS["en"]})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    prompts, own = ({"en": store.path("en")}, None) if given == "path" else ({}, store)
+    with pytest.raises(PromptMismatchError):
+        ServedPrompts(prompts, own, None, strict=True).attach_all(model)
+    lax = ServedPrompts(prompts, own, None, strict=False)
+    lax.attach_all(model)
+    assert lax.ids() == ["", ":en"]
