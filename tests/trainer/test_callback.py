@@ -503,34 +503,3 @@ def test_the_bare_model_is_still_there(tmp_path: Path) -> None:
     model.eval()
     with torch.no_grad(), softhooks.disabled(model):
         assert same_bits(model(**batch).logits, expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "optimizer_lr", "method", "warns"),
-    [
-        ({"learning_rate": 5e-5}, None, PromptTuning(3), True),
-        ({"learning_rate": 5e-5, "warmup_steps": 2}, None, PromptTuning(3), True),
-        ({"learning_rate": 1e-2}, None, PromptTuning(3), False),
-        ({"learning_rate": 5e-5}, 1e-2, PromptTuning(3), False),
-        ({"learning_rate": 5e-5}, None, PrefixTuning(3, projection=True), False),
-    ],
-)
-def test_the_default_learning_rate_gives_a_warning(
-    options: dict[str, Any],
-    optimizer_lr: float | None,
-    method: Any,
-    warns: bool,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = zoo.build("llama")
-    given = {}
-    if optimizer_lr is not None:
-        given["optimizers"] = (torch.optim.AdamW(model.parameters(), lr=optimizer_lr), None)
-    trainer, _ = training.prompted(tmp_path, model, "causal", method, given=given, **{**options, "max_steps": 1})
-    trainer.train()
-    messages = [
-        record.getMessage() for record in caplog.records if "hardly changes a soft prompt" in record.getMessage()
-    ]
-    assert len(messages) == warns
-    assert not warns or messages[0].startswith("learning_rate=5e-05, the default of TrainingArguments")

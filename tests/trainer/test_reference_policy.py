@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import training
 import zoo
+from paused import Paused, answer
+from thread_cases import Waits
 from untouched import remove_all, untouched
 
 import softhooks
@@ -104,3 +108,29 @@ def test_a_sharded_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(TrainerError, match=r"cannot be its own reference(.|\n)*another model as `ref_model`"),
     ):
         Reference(model)(input_ids=IDS)
+
+
+@pytest.mark.parametrize("way", ["forward", "base_model"])
+def test_no_other_thread_runs_the_model_in_the_mode_of_the_reference(way: str) -> None:
+    model = zoo.build("llama").train()
+    softhooks.attach(model, PrefixTuning(4))
+    reference = Reference(model)
+    call = reference if way == "forward" else reference.base_model
+    found: list[Any] = []
+    waits = Waits(model)
+
+    def other() -> None:
+        found.append(answer(lambda: model(input_ids=IDS).logits))
+        waits.begun.set()  # also if it did not wait
+
+    with Paused(lambda: call(input_ids=IDS), model.model.layers[0]) as first:
+        modes: list[bool] = []
+        handle = model.model.layers[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert waits.begun.wait(300)
+    thread.join()
+    handle.remove()
+    assert not isinstance(first.result, Exception), first.result
+    assert not isinstance(found[0], Exception), found[0]
+    assert modes == [False, True]
