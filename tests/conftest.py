@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, for the threads that tests start; they compare bits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
