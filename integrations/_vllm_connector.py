@@ -76,14 +76,10 @@ class SoftPromptConnector(KVConnectorBase_V1, SupportsHMA):
         """Return the work of this step."""
         return StepMetadata(self.scheduler.take_step())
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, None]:
         """Forget a request; its blocks can be freed at once."""
         self.scheduler.finish(request.request_id)
         return False, None
-
-    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, None]:
-        """Forget a request; its blocks can be freed at once."""
-        return self.request_finished(request, [])
 
     # --- in the workers ---
 

@@ -62,16 +62,16 @@ class PrefixWorker:
 
     def _write(self, write: Write, layers: Mapping[str, Any]) -> None:
         parts = self.prefixes[write.digest]
+        device = next(iter(parts.values()))[0].device
         for group, slots in zip(self.groups, write.slots, strict=True):
-            kept = [write.start + offset for offset, slot in enumerate(slots) if slot >= 0]
+            kept = [(write.start + offset, slot) for offset, slot in enumerate(slots) if slot >= 0]
             if not kept:
                 continue
-            where = torch.tensor([slot for slot in slots if slot >= 0], dtype=torch.int64)
+            positions, places = (torch.tensor(column, device=device) for column in zip(*kept, strict=True))
             for name in group:
                 layer, (key, value) = layers[name], parts[name]
                 # The layer's own function writes in the layout of its attention back-end.
-                at = where.to(key.device)
-                layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, at)
+                layer.impl.do_kv_cache_update(layer, key[positions], value[positions], layer.kv_cache, places)
 
 
 def heads_of_rank(heads: int, rank: int, size: int) -> slice:

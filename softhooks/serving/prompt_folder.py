@@ -87,7 +87,8 @@ class PromptFolder:
 
     def digests(self) -> set[str]:
         """Return the digests of the prompts that were read and whose files still exist."""
-        self._known = {name: found for name, found in self._known.items() if prefix_file(self.path, name).exists()}
+        present = set(self.names())
+        self._known = {name: found for name, found in self._known.items() if name in present}
         return {found.digest for found in self._known.values()}
 
     def _unknown(self, name: str) -> OptionError:

@@ -187,6 +187,17 @@ def test_a_layer_whose_window_has_left_the_prefix_is_not_written(prompt_folder: 
     assert bool((layers[NAMES[1]].kv_cache == 7).all())
 
 
+def test_a_layer_whose_window_has_left_a_part_of_the_prefix_gets_the_rest(prompt_folder: Path) -> None:
+    scheduler = PrefixScheduler(PromptFolder(prompt_folder), [SIZE, SIZE])
+    layers = {layer: Layer(2, 8) for layer in NAMES}
+    PrefixWorker([[NAMES[0]], [NAMES[1]]]).run(written(scheduler, "en", [7, 2], [None, 5]), layers)
+    key, value = layers[NAMES[1]].read([20, 21])
+    own = prefix(prompt_folder, "en")
+    assert torch.equal(key, own.keys[1][4:])
+    assert torch.equal(value, own.values[1][4:])
+    assert int((layers[NAMES[1]].kv_cache == 7).all(-1).all(1).sum()) == 20 * SIZE - 2  # no other slot
+
+
 def test_a_dropped_prefix_leaves_the_workers_memory(scheduler: PrefixScheduler) -> None:
     worker, layers = PrefixWorker([list(NAMES)]), {layer: Layer(2, 8) for layer in NAMES}
     worker.run(scheduler.take_step(), layers)
