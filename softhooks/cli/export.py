@@ -18,6 +18,9 @@ from softhooks.errors import CheckpointError, OptionError
 EMBEDDINGS_FILE = "prompt_embeds.safetensors"
 REQUEST_FILE = "request.json"
 
+_OF_REQUESTS = ("chat", "max_tokens", "temperature", "served_name")
+"""The parameters of `export` that are only used with a text."""
+
 
 class Server(StrEnum):
     """The supported inference servers."""
@@ -27,6 +30,7 @@ class Server(StrEnum):
 
 
 def export(
+    context: typer.Context,
     to: Annotated[Server, typer.Option("--to", help="The inference server.")],
     model: Annotated[str, typer.Option(metavar="NAME", help="The base model: a directory or a name on the Hub.")],
     output: Annotated[Path, typer.Option(help="The directory to write to.", file_okay=False)],
@@ -90,6 +94,8 @@ def export(
     with usage_errors():
         prompts = [*(prompts or ()), *stored(store, tag)]
         _check_texts(prompts, to, text, text_file)
+        if text is None and text_file is None:
+            _refuse_options_of_requests(context)
     if text is None and text_file is None:
         names = names_of(prompts)
         export_prefixes(names, _base(model), output, strict)
@@ -119,6 +125,18 @@ def _check_texts(prompts: list[str], to: Server, text: str | None, text_file: Pa
         )
     if given and len(prompts) > 1:
         raise OptionError(f"{len(prompts)} prompts are given with {given[0]}; a request has only one prompt.")
+
+
+def _refuse_options_of_requests(context: typer.Context) -> None:
+    """Refuse options that only change a request, because without a text no request is written."""
+    sources = {name: context.get_parameter_source(name) for name in _OF_REQUESTS}
+    given = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise OptionError(
+            f"{options} cannot be used without a text: clients choose the text and the settings of each request themselves.",
+            "Leave them out, or pass --text or --text-file to write a request.",
+        )
 
 
 def _base(model: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from softhooks.cli.exit_codes import usage_errors
+from softhooks.cli.prompt_names import default_name
 from softhooks.errors import OptionError
 
 
@@ -77,8 +78,7 @@ def names_of(prompts: list[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     with usage_errors():
         for source in prompts:
-            path = Path(source)
-            name = check_name(path.resolve().name if path.exists() else path.name)
+            name = check_name(default_name(source))
             if name in sources:
                 raise OptionError(
                     f"two prompts would get the name {name!r} on the server; a prompt is named after its directory.",

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softhooks.cli.exit_codes import usage_errors
+from softhooks.cli.prompt_names import default_name
 from softhooks.cli.visible import visible
 from softhooks.errors import CheckpointError, NotAttachedError, OptionError
 
@@ -96,8 +97,7 @@ def add(
             added = _open(folder).add_collection(prompt, tags=tag or (), replace=replace)
             typer.echo("\n".join(f"{one} -> {folder / one}" for one in added))
             return
-        chosen = Path(prompt).resolve().name if name is None and Path(prompt).exists() else name
-        chosen = chosen or prompt.rsplit("/", 1)[-1]
+        chosen = default_name(prompt) if name is None else name
         _open(folder).add(prompt, chosen, tags=tag or (), replace=replace, revision=revision)
     typer.echo(f"{chosen} -> {folder / chosen}")
 

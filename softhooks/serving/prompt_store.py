@@ -27,6 +27,7 @@ from softhooks.serving.tags import FILE as TAGS
 from softhooks.serving.tags import checked_tags, read_tags, write_tags
 
 _MAX_NAME = 128  # characters
+_RULE = f"at most {_MAX_NAME} characters, {NAME_RULE}"
 _OWN_FILES = (softhooks_files.TENSORS, softhooks_files.DESCRIPTION, softhooks_files.LIVE, TAGS)
 """The files that `remove` deletes; without the first one, a folder is no entry."""
 
@@ -93,7 +94,7 @@ class PromptStore:
                 f"the store has no prompt named {name!r}.",
                 f"Add it with `PromptStore({str(self.folder)!r}).add(prompt, {name!r})`."
                 if isinstance(name, str) and _is_name(name)
-                else f"Names have {NAME_RULE}.",
+                else f"Names have {_RULE}.",
                 store=self.folder,
                 prompts=", ".join(map(repr, self.names())) or "none",
             )
@@ -150,7 +151,7 @@ class PromptStore:
             PromptMismatchError: the prompts in the store belong to another base model.
         """
         if not isinstance(name, str) or not _is_name(name):
-            raise OptionError(f"{name!r} cannot be a prompt's name; use {NAME_RULE}.")
+            raise OptionError(f"{name!r} cannot be a prompt's name; use {_RULE}.")
         chosen = checked_tags(tags)
         if isinstance(prompt, SoftPrompt):
             with gathered(prompt) as writes:

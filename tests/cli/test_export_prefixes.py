@@ -85,6 +85,15 @@ def test_export_of_nothing(options: tuple[str, ...], message: str, saved: Path, 
     assert message in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    "options", [("--chat",), ("--max-tokens", "128"), ("--temperature", "0.5"), ("--served-name", "x")], ids=str
+)
+def test_options_that_only_change_a_request_are_refused_without_a_text(options: tuple[str, ...]) -> None:
+    """Also with their default values, because no file depends on them."""
+    done = runner.invoke(app.app, ["export", "en", "--to", "vllm", "--model", "m", "--output", "out", *options])
+    assert str(done.exception).startswith(f"{options[0]} cannot be used without a text")
+
+
 def test_a_request_with_a_text_has_one_prompt(saved: Path, tmp_path: Path) -> None:
     command = ["export", str(saved / "en"), str(saved / "de"), "--to", "vllm", "--model", str(saved / "model")]
     done = runner.invoke(app.app, [*command, "--output", str(tmp_path), "--text", "word5"])

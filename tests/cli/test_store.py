@@ -14,6 +14,7 @@ import softhooks
 from softhooks import PromptStore, PromptTuning
 from softhooks.cli import app
 from softhooks.cli.exit_codes import report_errors
+from softhooks.cli.prompt_names import default_name
 from softhooks.formats.softhooks_files import TENSORS
 
 runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
@@ -60,6 +61,16 @@ def test_prompts_are_added_tagged_listed_and_removed(saved: Path, tmp_path: Path
     }  # fmt: skip
     assert run("remove", folder, "sst2").strip() == f"sst2 removed from {folder}"
     assert PromptStore(folder).names() == ["second"]
+
+
+def test_the_default_name_of_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "sst2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs")
+    assert [default_name(source) for source in ("sst2", "sst2/", "sst2/.", str(tmp_path / "runs" / "sst2"))] == [
+        "sst2"
+    ] * 4
+    assert default_name(".") == "runs"
+    assert [default_name(name) for name in ("me/other", "me/other/")] == ["other"] * 2  # on the Hub
 
 
 def test_replace_replaces_the_prompt_and_its_tags(saved: Path, tmp_path: Path) -> None:

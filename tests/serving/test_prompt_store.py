@@ -112,7 +112,7 @@ def test_no_name_leads_out_of_the_store(name: str, store: PromptStore, tmp_path:
     shutil.copytree(tmp_path / "en", tmp_path / "store" / "a.b")  # a folder whose name cannot be a prompt's
     assert name not in store
     assert store.names() == ["de", "en"]
-    with pytest.raises(OptionError, match="cannot be a prompt's name"):
+    with pytest.raises(OptionError, match="cannot be a prompt's name; use at most 128 characters"):
         store.add(tmp_path / "en", name)
     for use in (store.path, store.remove, store.tags, store.tag, lambda name: store.load(zoo.build("llama"), name)):
         with pytest.raises(NotAttachedError, match="no prompt named"):
