@@ -8,9 +8,7 @@ from functools import partial
 from typing import Any
 
 from softhooks.errors import NotAttachedError, OptionError, SoftHooksError
-from softhooks.integrations._served_prompts import ServedPrompts, chosen
-
-LOAD, UNLOAD = "/v1/load_soft_prompt", "/v1/unload_soft_prompt"
+from softhooks.integrations._served_prompts import LOAD, UNLOAD, ServedPrompts, chosen
 
 _FIELD = "prompt_name"
 _POLL = 0.02  # seconds
@@ -50,10 +48,8 @@ def _add_routes(app: Any, model_manager: Any, generation_state: Any, served: Ser
         return JSONResponse({"error": {"message": str(error), "type": kind, "code": status}}, status_code=status)
 
     def list_models() -> Any:
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "", "root": served.base, "parent": parent}
-            for name, parent in zip(served.ids(), [None] + [served.base] * len(served.ids()), strict=False)
-        ]
+        facts = {"object": "model", "created": 0, "owned_by": "", "root": served.base}
+        data = [{"id": name, **facts, "parent": None if name == served.base else served.base} for name in served.ids()]
         return JSONResponse({"object": "list", "data": data})
 
     async def load(body: dict[str, Any]) -> Any:

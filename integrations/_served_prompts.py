@@ -18,6 +18,9 @@ from softhooks.switch import activate, disabled
 
 T = TypeVar("T")
 
+LOAD, UNLOAD = "/v1/load_soft_prompt", "/v1/unload_soft_prompt"
+"""The paths of the requests that load and unload a prompt."""
+
 DEFAULT = "default"
 """The name of the prompt that requests for the base model's own name use."""
 
@@ -112,7 +115,7 @@ class ServedPrompts:
         if name not in self._served:
             raise NotAttachedError(
                 f"the server has no prompt named {name!r}.",
-                "Load it from the server's store with a POST request to /v1/load_soft_prompt, or use one of the models above."
+                f"Load it from the server's store with a POST request to {LOAD}, or use one of the models above."
                 if self._store is not None
                 else "Use one of these models.",
                 models=", ".join(self.ids()),

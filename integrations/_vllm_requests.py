@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from softhooks.errors import OptionError, PromptTooLongError, SoftHooksError, UnsupportedModeError
-from softhooks.integration_support.serving import PromptFolder
+from softhooks.integration_support.serving import VLLM_CONNECTOR, PromptFolder
 from softhooks.integrations._vllm_scheduler import FIELD
 from softhooks.integrations._vllm_settings import folder_of, require_fit
 
-CONNECTOR = "SoftPromptConnector"
 PARAMS = "kv_transfer_params"
 
 
@@ -93,7 +92,7 @@ def _wrap(owner: type, name: str, replacement: Callable[..., Any]) -> None:
 
 
 def _is_configured(config: Any) -> bool:
-    return config.kv_transfer_config is not None and config.kv_transfer_config.kv_connector == CONNECTOR
+    return config.kv_transfer_config is not None and config.kv_transfer_config.kv_connector == VLLM_CONNECTOR
 
 
 def _processing(refuse: Refuse, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

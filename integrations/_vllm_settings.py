@@ -6,13 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 from softhooks.errors import OptionError, PromptMismatchError, UnsupportedModeError, UnsupportedModelError
-from softhooks.integration_support.serving import MODEL_TYPES, FoundPrefix, PromptFolder
+from softhooks.integration_support.serving import MODEL_TYPES, VLLM_PROMPTS, FoundPrefix, PromptFolder
 
 VERSIONS = ("0.32.0",)
 """The releases of vLLM that the connector was run with."""
-
-PROMPTS = "prompts"
-"""The setting in `kv_connector_extra_config` that holds the directory of the prompts."""
 
 _REMEDY = "Serve this model with `softhooks.integrations.transformers_serve`."
 _CACHES = ("auto", "float16", "bfloat16", "float32")
@@ -43,12 +40,12 @@ def folder_of(config: Any) -> PromptFolder:
         OptionError: the setting is missing, or is not a directory.
     """
     extra = dict(config.kv_transfer_config.kv_connector_extra_config)
-    if set(extra) != {PROMPTS} or not isinstance(extra[PROMPTS], str):
+    if set(extra) != {VLLM_PROMPTS} or not isinstance(extra[VLLM_PROMPTS], str):
         raise OptionError(
-            f"`kv_connector_extra_config` is {extra!r}; it must have the one field {PROMPTS!r}, the directory of prompts.",
+            f"`kv_connector_extra_config` is {extra!r}; it must have the one field {VLLM_PROMPTS!r}, the directory of prompts.",
             "Write the directory with `softhooks export PROMPT... --to vllm --model MODEL --output DIR`.",
         )
-    return _folder(extra[PROMPTS])
+    return _folder(extra[VLLM_PROMPTS])
 
 
 def require_configuration(config: Any) -> None:

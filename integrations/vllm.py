@@ -42,7 +42,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softhooks.integration_support.serving import prefix_of, sequence_embeddings, write_prefix
+from softhooks.integration_support.serving import VLLM_CONNECTOR, prefix_of, sequence_embeddings, write_prefix
 from softhooks.integration_support.serving import vllm_encode as encode
 from softhooks.integration_support.serving import vllm_kv_transfer_config as kv_transfer_config
 from softhooks.integration_support.serving import vllm_request as request
@@ -53,7 +53,7 @@ __all__ = ["embeddings", "encode", "export", "kv_transfer_config", "request"]
 
 def __getattr__(name: str) -> Any:
     """Return the connector, which imports vLLM, when vLLM asks for it."""
-    if name == "SoftPromptConnector":
+    if name == VLLM_CONNECTOR:
         return import_framework("softhooks.integrations._vllm_connector", "vLLM", extra=None).SoftPromptConnector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

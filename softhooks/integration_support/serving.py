@@ -3,8 +3,15 @@
 from softhooks.runtime.request_prompts import is_waited_for
 from softhooks.runtime.servable import remaining_tokens, require_servable_together, required_columns
 from softhooks.serving.embeddings import sequence_embeddings
-from softhooks.serving.prefix import MODEL_TYPES, Prefix, PrefixFacts, prefix_of
-from softhooks.serving.prefix_files import prefix_file, write_prefix
+from softhooks.serving.prefix import MODEL_TYPES, Prefix, prefix_of
+from softhooks.serving.prefix_files import write_prefix
 from softhooks.serving.prompt_folder import FoundPrefix, PromptFolder
 from softhooks.serving.prompt_store import PromptStore
-from softhooks.serving.requests import sglang_request, vllm_encode, vllm_kv_transfer_config, vllm_request
+from softhooks.serving.requests import (
+    VLLM_CONNECTOR,
+    VLLM_PROMPTS,
+    sglang_request,
+    vllm_encode,
+    vllm_kv_transfer_config,
+    vllm_request,
+)

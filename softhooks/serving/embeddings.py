@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError
-from softhooks.prompt import SoftPrompt, soft_prompts_of
+from softhooks.prompt import SoftPrompt
 from softhooks.prompt_encoder import EMBEDDINGS
-from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.runtime.servable import required_columns
+from softhooks.serving.active_prompt import active_prompt
 from softhooks.serving.servers import ServerName, for_server
 from softhooks.switch import disabled
 
@@ -65,21 +65,16 @@ def sequence_embeddings(
 
 def _require_rows(model: nn.Module) -> SoftPrompt:
     """Return the active prompt, and refuse a prompt that does not consist of input embeddings for a decoder."""
-    prompted = require_prompted_model(model)
-    names = [prompted.active] if prompted.rows is None else list(prompted.rows)
-    if prompted.rows is not None or prompted.active is None or prompted.disabled:
-        raise OptionError(
-            f"the active prompts are {names!r}{' (disabled)' if prompted.disabled else ''}; exactly one prompt must be active."
-        )
-    prompt = soft_prompts_of(prompted)[prompted.active]
-    if prompted.structure.entry.reads_ids:
+    prompt = active_prompt(model)
+    structure = prompt.structure
+    if structure.entry.reads_ids:
         raise UnsupportedModelError(
             "the model needs token ids in addition to embeddings, but a server passes only embeddings.",
             "Serve this model with `softhooks.integrations.transformers_serve`.",
             model=type(model).__name__,
         )
     missing = required_columns(prompt)
-    causal = prompted.structure.entry.causal and not prompted.structure.is_encoder_decoder
+    causal = structure.entry.causal and not structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
             f"a server cannot run this prompt ({prompt.method.kind}); it accepts only input embeddings for a decoder.",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softhooks.errors import OptionError, UnsupportedMethodError, UnsupportedModelError
-from softhooks.prompt import SoftPrompt, soft_prompts_of
-from softhooks.runtime.prompted_model import require_prompted_model
+from softhooks.backbone.probe_inputs import text_config
+from softhooks.backbone.probing import eval_mode
+from softhooks.errors import UnsupportedMethodError, UnsupportedModelError
+from softhooks.prompt import SoftPrompt
 from softhooks.runtime.servable import required_columns
+from softhooks.serving.active_prompt import active_prompt
 
 _REMEDY = "Serve this prompt with `softhooks.integrations.transformers_serve`."
 
@@ -75,17 +76,13 @@ def prefix_of(model: nn.Module) -> Prefix:
         UnsupportedModelError: no server was compared with transformers on this type of model.
         UnsupportedMethodError: the prompt cannot be represented by the keys and values of tokens before the text.
     """
-    prompt = _active(model)
+    prompt = active_prompt(model)
     stack = prompt.structure.entry
     model_type = _require_model(model, prompt)
     _require_prefix(prompt)
     variants = tuple(prompt.encoder.choose_variants({}, 1) or (0,))
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         found = prompt.key_values(stack, variants)["self"]
-    finally:
-        model.train(training)
     sites = stack.sites_of("self")
     windowed = bool(found.windowed)
     if found.shifted is not True or found.hidden is not None or found.lengths is not None:
@@ -123,25 +120,9 @@ def _by_token(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor[0].transpose(0, 1).to("cpu", dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _active(model: nn.Module) -> SoftPrompt:
-    prompted = require_prompted_model(model)
-    if prompted.rows is not None or prompted.active is None or prompted.disabled:
-        names = [prompted.active] if prompted.rows is None else list(prompted.rows)
-        raise OptionError(
-            f"the active prompts are {names!r}{' (disabled)' if prompted.disabled else ''}; exactly one prompt must be active."
-        )
-    return soft_prompts_of(prompted)[prompted.active]
-
-
-def text_config(model: nn.Module) -> Any:
-    """Return the part of a model's config that describes its decoder."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
 def _require_model(model: nn.Module, prompt: SoftPrompt) -> str:
     """Return the model type, and refuse a model on which servers were not compared with transformers."""
-    kind = str(getattr(text_config(model), "model_type", type(model).__name__))
+    kind = str(getattr(text_config(getattr(model, "config", None)), "model_type", type(model).__name__))
     stack = prompt.structure.entry
     if kind in MODEL_TYPES and stack.positions.dynamic_rope_length is None:
         return kind

@@ -12,6 +12,12 @@ from torch import Tensor
 
 from softhooks.errors import OptionError
 
+VLLM_CONNECTOR = "SoftPromptConnector"
+"""The name of the connector that vLLM loads from `softhooks.integrations.vllm`."""
+
+VLLM_PROMPTS = "prompts"
+"""The setting in `kv_connector_extra_config` that holds the directory of the prompts."""
+
 
 def vllm_request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
     """Return the JSON body for `/v1/completions` of vLLM.
@@ -46,10 +52,10 @@ def vllm_kv_transfer_config(prompts: str | Path) -> dict[str, Any]:
         prompts: the directory, to which `softhooks export PROMPT... --to vllm` writes.
     """
     return {
-        "kv_connector": "SoftPromptConnector",
+        "kv_connector": VLLM_CONNECTOR,
         "kv_connector_module_path": "softhooks.integrations.vllm",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"prompts": str(Path(prompts).absolute())},
+        "kv_connector_extra_config": {VLLM_PROMPTS: str(Path(prompts).absolute())},
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from softhooks.backbone.probe_inputs import text_config
 from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import Stack
 from softhooks.errors import OptionError, UnsupportedModelError
@@ -118,9 +119,7 @@ def _ratio(rows: Tensor, words: Tensor, precision: float) -> float | None:
 
 def _require_known(model: nn.Module, stack: Stack, server: Server, kind: str, inside: float | None) -> None:
     """Refuse models whose embeddings the server may scale differently from transformers."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = getattr(config, "hidden_size", stack.width)
+    width = getattr(text_config(getattr(model, "config", None)), "hidden_size", stack.width)
     remedy = "Serve this model with `softhooks.integrations.transformers_serve`."
     if width != stack.width:
         raise UnsupportedModelError(

@@ -180,6 +180,8 @@ def test_a_prompt_without_a_name_answers_for_the_model_itself(tmp_path: Path) ->
     client = served.Client(tmp_path, prompts, **BATCHES)
     try:
         assert client.models() == [client.base, client.model("default"), client.model("two")]
+        parents = [model["parent"] for model in client.http.get("/v1/models").json()["data"]]
+        assert parents == [None, client.base, client.base]
         asked = [(None, TEXTS[0]), ("two", TEXTS[0]), ("default", TEXTS[0])]
         assert client.ask_all(asked, clients=3) == [*expected, expected[0]]
         assert client.post(LOAD, prompt_name="it").status_code == 400  # no store

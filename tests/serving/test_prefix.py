@@ -75,6 +75,14 @@ def test_the_bare_model_after_the_prefix_is_the_model_with_the_prompt(arch: str,
     assert prefix.facts.num_virtual_tokens == prompt.method.num_virtual_tokens
 
 
+def test_every_module_keeps_its_mode() -> None:
+    model, _ = attached("llama", METHODS["mlp"])
+    model.train().model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    prefix_of(model)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
 def test_the_dtype_is_that_of_the_model() -> None:
     model = zoo.build("llama").to(torch.bfloat16)
     softhooks.attach(model, PrefixTuning(3))
