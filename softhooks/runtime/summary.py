@@ -132,4 +132,4 @@ def _refusals_elsewhere(prompt: AttachedPrompt, peft_refusal: SoftHooksError | N
     if prompt.injection not in ("attention", "shared", "branch") or required_columns(prompt):
         yield "continuous batching (`generate_batch`)"
     if prompt.method.enters != "embeddings":
-        yield "vLLM and SGLang, which only take embeddings"
+        yield "SGLang, which only takes embeddings" if prompt.injection == "attention" else "vLLM and SGLang"

@@ -77,9 +77,9 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     causal = structure.entry.causal and not structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
-            f"a server cannot run this prompt ({prompt.method.kind}); it accepts only input embeddings for a decoder.",
-            "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`; use a multitask prompt with "
-            "only one task.",
+            f"a request cannot contain this prompt ({prompt.method.kind}); it can contain only input embeddings for a decoder.",
+            "Export prefixes for vLLM without a text. Serve adapters and heads with `softhooks.integrations.transformers_serve`; "
+            "use a multitask prompt with only one task.",
             enters="as input embeddings" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
             heads=", ".join(prompt.heads) or "none",
             needs=missing or ("embeddings of added tokens" if prompt.added else "nothing more"),

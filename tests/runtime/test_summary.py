@@ -62,12 +62,14 @@ def test_a_loaded_prompt_does_not_train(tmp_path: Path) -> None:
     assert not any("training" in line for line in again.summary().refused)
 
 
-def test_only_prompts_of_embeddings_go_to_servers_and_only_language_models_are_served() -> None:
-    def refused(arch: str, head: str, method: softhooks.PromptTuning | PrefixTuning) -> str:
+def test_which_servers_cannot_use_a_prompt() -> None:
+    def refused(arch: str, head: str, method: softhooks.Method) -> str:
         with softhooks.attach(zoo.build(arch, head), method) as prompt:
             return "\n".join(prompt.summary().refused)
 
-    assert "vLLM" in refused("llama", "causal", PrefixTuning(P))
+    assert "SGLang" in refused("llama", "causal", PrefixTuning(P))
+    assert "vLLM" not in refused("llama", "causal", PrefixTuning(P))
+    assert "vLLM and SGLang" in refused("llama", "causal", LlamaAdapter(P))
     assert "vLLM" not in refused("llama", "causal", PromptTuning(P))
     assert "vLLM" not in refused("bert", "sequence", PrefixTuning(P))
     assert "continuous batching" in refused("llama", "causal", PromptTuning(P, placement="after_first"))
