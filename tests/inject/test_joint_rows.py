@@ -20,6 +20,12 @@ ROWS = [zoo.text(1, length, seed=length)[0] for length in (6, 4, 5)]
 METHODS = {"prompt": PromptTuning(P), "prefix": PrefixTuning(P)}
 
 
+@pytest.fixture(autouse=True)
+def _unmerged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Join rows as on devices on which attention over the prefix cannot be merged."""
+    monkeypatch.setattr(prefix_pass, "can_merge", lambda *_: False)
+
+
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The attention calls whose rows were joined."""

@@ -1,5 +1,7 @@
 """Join the rows of a batch into one sequence after a long prefix, with a mask that keeps the rows apart.
 
+This is for calls that `merged_attention.py` does not support, such as those on a GPU.
+
 In a batch, the prefix's keys and values are copied for every row. In one sequence there is a single copy, but attention scores
 between different rows are computed although they are masked. So rows are joined only if the prefix is at least as long as all
 rows together. The effect was measured with 900 virtual tokens. With 8 rows of 64 tokens and grouped-query attention, a training

@@ -20,6 +20,13 @@ from softhooks.inject.checkpointing import CheckpointedPass
 from softhooks.inject.prefix.joint_rows import attend_jointly, joining_pays, joint_mask
 from softhooks.inject.prefix.key_values import KeyValues
 from softhooks.inject.prefix.masks import refuse_attention, widen_mask
+from softhooks.inject.prefix.merged_attention import (
+    additive_mask,
+    can_merge,
+    cast_by_autocast,
+    joined_mask,
+    merged_attention,
+)
 from softhooks.inject.prefix.paged_cache import PrefixedPagedCache, paged_cache
 from softhooks.inject.prefix.recompute import recomputed
 
@@ -62,6 +69,8 @@ class PrefixPass(CheckpointedPass):
         if causal and not function.startswith("flash") and key.shape[2] > query.shape[2] > 1:
             # An empty static cache: the keys after the queries are blank, and no mask hides them.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        if can_merge(attention, prefix, site.index, (module, query, key, value, mask, *rest), kwargs):
+            return self._attend_merged(site, (query, key, value), mask, kwargs, causal)
         if site.role == "self" and joining_pays(function, prefix, query, key, mask, kwargs):
             joined = self._joined_mask(site, query, mask, kwargs, causal)
             return attend_jointly(attention, prefix, site.index, (module, query, key, value, joined, *rest), kwargs)
@@ -78,6 +87,38 @@ class PrefixPass(CheckpointedPass):
         with recomputed(prefix, site.index, (key, value), whole):
             output, weights = attention(module, query, *whole, mask, *rest, **kwargs)
         return output, weights if weights is None else weights[..., prefix.length :]
+
+    def _attend_merged(
+        self,
+        site: Site,
+        parts: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+        causal: bool,
+    ) -> tuple[Tensor, None]:
+        """Attend to the prefix and to the text separately. -> [B, T, Hq, D], and no attention weights."""
+        query, key, value = cast_by_autocast(*parts)
+        prefix = self.prefixes[site.role]
+        window = window_of(site, kwargs) if site.role == "self" and self.stack.causal else None
+        shared = query.dtype, query.device, query.shape[0], query.shape[2]
+
+        def hidden() -> Tensor | None:
+            visible = self._visible(site, window, query)
+            return None if visible is None else joined_mask(visible, query)
+
+        additive = None
+        if mask is not None:
+            additive = self._once(mask, site, ("text", *shared), lambda: additive_mask(mask, query.dtype))
+        output = merged_attention(
+            query,
+            (prefix.keys[site.index].to(query), prefix.values[site.index].to(query)),
+            (key, value),
+            additive,
+            self._once(None, site, ("prefix", site.role, window, *shared), hidden),
+            causal=causal and query.shape[2] > 1,
+            scale=kwargs.get("scaling"),
+        )
+        return output.transpose(1, 2).contiguous(), None
 
     def _mask(
         self, site: Site, function: str, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool
