@@ -31,12 +31,14 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 SERVING_VENV ?= .venv-serving
 SERVING_INSTALLED := $(SERVING_VENV)/.installed
+LLAMA_CPP_VENV ?= .venv-llama-cpp
+LLAMA_CPP_INSTALLED := $(LLAMA_CPP_VENV)/.installed
 RELEASE_VENV ?= .venv-release
 RELEASE_INSTALLED := $(RELEASE_VENV)/.installed
 RELEASE := $(RELEASE_VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-serving test-oldest test-vllm test-extras fuzz dist sbom audit lock clean
+.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-serving test-oldest test-vllm test-llama-cpp test-extras fuzz dist sbom audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -87,6 +89,9 @@ test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and 
 test-vllm: $(SERVING_INSTALLED)  ## serve prompts with vLLM on the CPU, and compare its answers with transformers (x86-64 Linux, ten minutes)
 	PYTHONPATH=tests/support $(call PYTEST,$(SERVING_VENV)/bin) --confcutdir=tests/serving_real -W default tests/serving_real $(PYTEST_ARGS)
 
+test-llama-cpp: $(INTEGRATED) $(LLAMA_CPP_INSTALLED)  ## serve prompts with llama.cpp on the CPU, and compare its answers with transformers (five minutes)
+	SOFTHOOKS_LLAMA_CPP=$(LLAMA_CPP_VENV)/bin/python $(call PYTEST,$(BIN)) tests/serving_llama_cpp $(PYTEST_ARGS)
+
 test-extras: $(INSTALLED)  ## install each extra from a wheel in a new environment, and run its example (EXTRAS="trl ...")
 	$(BIN)/python tests/support/extras.py --torch="$(TORCH_PIP_ARGS)" $(EXTRAS)
 
@@ -107,7 +112,7 @@ lock: $(RELEASE_INSTALLED)  ## renew the hashes in locks/, after a change to con
 	$(RELEASE) .ci/lock.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(OLDEST_VENV) $(SERVING_VENV) $(RELEASE_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) $(SERVING_VENV) $(LLAMA_CPP_VENV) $(RELEASE_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # What .venv contains is pinned by hash (`make lock` renews the hashes), and pip resolves nothing. Packages without a wheel are built
 # with the pinned setuptools. torch has no hash, because its builds for CPU and CUDA are different files under one version; the lock
@@ -152,6 +157,12 @@ $(SERVING_INSTALLED): pyproject.toml requirements-serving.txt
 	@echo "  torch";         $(call pip,$(SERVING_VENV)) $(TORCH_PIP_ARGS) torch==2.13.0
 	@echo "  vLLM";          $(call pip,$(SERVING_VENV)) --no-deps -r requirements-serving.txt
 	@echo "  softhooks";     $(call pip,$(SERVING_VENV)) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(LLAMA_CPP_INSTALLED): requirements-llama-cpp.txt
+	@echo "Creating $(LLAMA_CPP_VENV), with llama.cpp's server."
+	@$(PYTHON) -m venv $(LLAMA_CPP_VENV)
+	@$(call pip,$(LLAMA_CPP_VENV)) --no-deps -r requirements-llama-cpp.txt
 	@touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-models.txt

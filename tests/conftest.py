@@ -24,6 +24,8 @@ from softhooks.backbone import attention_interface
 from softhooks.trainer import trainer_patches
 
 collect_ignore = ["serving_real"]  # needs vLLM, which has an environment of its own: `make test-vllm`
+if "SOFTHOOKS_LLAMA_CPP" not in os.environ:  # the Python with xllamacpp, set by `make test-llama-cpp`
+    collect_ignore.append("serving_llama_cpp")
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

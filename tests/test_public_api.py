@@ -154,6 +154,10 @@ track(engine, prompt, optimizer, *, check_frozen=True)
 [softhooks.integrations.lightning]
 SoftPromptCallback
 attach(module, method, name='default', *, attribute=None, train_head=True, trainable=(), freeze_dropout=False)
+[softhooks.integrations.llama_cpp]
+complete(path, text, *, url='http://127.0.0.1:8080', slot=0, **options)
+export(model, folder, name, *, url='http://127.0.0.1:8080', slot=0)
+request(path, text, *, slot=0, **options)
 [softhooks.integrations.llamafactory]
 callback_for(args, method, **options)
 run_exp(args, method, **options)

@@ -13,6 +13,7 @@ import typer
 
 from softhooks.cli.exit_codes import usage_errors
 from softhooks.cli.export_prefixes import export_prefixes, names_of, stored
+from softhooks.cli.export_slots import export_slots, require_server
 from softhooks.errors import CheckpointError, OptionError
 
 EMBEDDINGS_FILE = "prompt_embeds.safetensors"
@@ -27,6 +28,7 @@ class Server(StrEnum):
 
     vllm = "vllm"
     sglang = "sglang"
+    llama_cpp = "llama.cpp"
 
 
 def export(
@@ -69,6 +71,9 @@ def export(
             metavar="NAME", help="The name of the model in vLLM, if it differs from --model.", show_default=False
         ),
     ] = None,
+    url: Annotated[
+        str, typer.Option(metavar="URL", help="The address of llama.cpp's server, which must be running.")
+    ] = "http://127.0.0.1:8080",
     strict: Annotated[
         bool,
         typer.Option(
@@ -76,11 +81,14 @@ def export(
         ),
     ] = True,
 ) -> None:
-    """Write prompts for vLLM, or a request for vLLM or SGLang with the embeddings of a prompt and a text.
+    """Write prompts for vLLM or llama.cpp, or a request for vLLM or SGLang with the embeddings of a prompt and a text.
 
     **Prompts for vLLM** (without --text): for each prompt, a file with its keys and values is written. A server that
     softhooks' connector is configured for finds new and replaced files by itself, and requests select a prompt by the
     name of its directory, together with plain text.
+
+    **Prompts for llama.cpp**: a running llama-server (--url), started with --slots and --slot-save-path OUTPUT, helps to write
+    a slot file for each prompt, and **NAME.json**, the start of its requests.
 
     **A request** (with --text): **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to
     /v1/completions (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, with --disable-radix-cache).
@@ -89,6 +97,7 @@ def export(
 
         softhooks export en de --to vllm --model Qwen/Qwen3-0.6B --output prompts
         softhooks export --store prompts --tag production --to vllm --model Qwen/Qwen3-0.6B --output served
+        softhooks export en de --to llama.cpp --model Qwen/Qwen3-0.6B --output slots
         softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
     """
     with usage_errors():
@@ -96,9 +105,17 @@ def export(
         _check_texts(prompts, to, text, text_file)
         if text is None and text_file is None:
             _refuse_options_of_requests(context)
+        if to is not Server.llama_cpp and _is_given(context, "url"):
+            raise OptionError(
+                "--url is the address of llama.cpp's server; it can only be combined with --to llama.cpp."
+            )
     if text is None and text_file is None:
         names = names_of(prompts)
-        export_prefixes(names, _base(model), output, strict)
+        if to is Server.llama_cpp:
+            require_server(url)
+            export_slots(names, _base(model), output, url, strict)
+        else:
+            export_prefixes(names, _base(model), output, strict)
         return
     content = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
     embeddings = _embeddings(prompts[0], model, content, chat, to, strict)
@@ -123,20 +140,28 @@ def _check_texts(prompts: list[str], to: Server, text: str | None, text_file: Pa
         raise OptionError(
             f"exactly one of --text and --text-file is needed; {'both are' if given else 'neither is'} given."
         )
+    if given and to is Server.llama_cpp:
+        raise OptionError(
+            f"{given[0]} cannot be combined with --to llama.cpp, whose requests contain the text as tokens."
+        )
     if given and len(prompts) > 1:
         raise OptionError(f"{len(prompts)} prompts are given with {given[0]}; a request has only one prompt.")
 
 
 def _refuse_options_of_requests(context: typer.Context) -> None:
     """Refuse options that only change a request, because without a text no request is written."""
-    sources = {name: context.get_parameter_source(name) for name in _OF_REQUESTS}
-    given = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    given = [name for name in _OF_REQUESTS if _is_given(context, name)]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise OptionError(
             f"{options} cannot be used without a text: clients choose the text and the settings of each request themselves.",
             "Leave them out, or pass --text or --text-file to write a request.",
         )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _base(model: str) -> Any:
@@ -175,7 +200,7 @@ def _embeddings(prompt: str, model: str, text: str, chat: bool, to: Server, stri
     if chat:
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return sequence_embeddings(base, ids, tokenizer, server=to.value).cpu()
+    return sequence_embeddings(base, ids, tokenizer, server="vllm" if to is Server.vllm else "sglang").cpu()
 
 
 def _write(folder: Path, embeddings: Any, body: dict[str, Any], about: dict[str, str]) -> None:

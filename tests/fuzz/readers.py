@@ -29,6 +29,7 @@ from softhooks.load import attach_stored
 from softhooks.methods.stored_method import method_of
 from softhooks.serving import prefix_files
 from softhooks.serving.prompt_folder import PromptFolder
+from softhooks.serving.slot_file import read_slot_file, read_slot_tokens
 from softhooks.serving.tags import read_tags, write_tags
 from softhooks.trainer.incomplete_checkpoints import find_damage
 
@@ -176,6 +177,15 @@ def served_prefix(data: bytes) -> None:
         PromptFolder(folder).find("en")
 
 
+def slot_file(data: bytes) -> None:
+    """Any bytes as a slot file of llama.cpp's server."""
+    with _folder(en__bin=data) as folder:
+        found = read_slot_file(folder / "en.bin")
+        assert read_slot_tokens(folder / "en.bin") == found.tokens
+        keys, values = ([found.read(block) for block in blocks] for blocks in (found.keys, found.values))
+        found.replaced(keys, values)
+
+
 READERS: dict[str, Reader] = {
     "raw_file": raw_file,
     "description": description,
@@ -187,9 +197,10 @@ READERS: dict[str, Reader] = {
     "live_description": live_description,
     "run_config": run_config,
     "served_prefix": served_prefix,
+    "slot_file": slot_file,
     "tags": tags,
 }
-BYTES = ("raw_file",)
+BYTES = ("raw_file", "slot_file")
 """The readers whose input is not text."""
 
 
