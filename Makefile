@@ -33,12 +33,14 @@ SERVING_VENV ?= .venv-serving
 SERVING_INSTALLED := $(SERVING_VENV)/.installed
 LLAMA_CPP_VENV ?= .venv-llama-cpp
 LLAMA_CPP_INSTALLED := $(LLAMA_CPP_VENV)/.installed
+SGLANG_VENV ?= .venv-sglang
+SGLANG_INSTALLED := $(SGLANG_VENV)/.installed
 RELEASE_VENV ?= .venv-release
 RELEASE_INSTALLED := $(RELEASE_VENV)/.installed
 RELEASE := $(RELEASE_VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-serving test-oldest test-vllm test-llama-cpp test-extras fuzz dist sbom audit lock clean
+.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-serving test-oldest test-vllm test-llama-cpp test-sglang test-extras fuzz dist sbom audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -92,6 +94,9 @@ test-vllm: $(SERVING_INSTALLED)  ## serve prompts with vLLM on the CPU, and comp
 test-llama-cpp: $(INTEGRATED) $(LLAMA_CPP_INSTALLED)  ## serve prompts with llama.cpp on the CPU, and compare its answers with transformers (five minutes)
 	SOFTHOOKS_LLAMA_CPP=$(LLAMA_CPP_VENV)/bin/python $(call PYTEST,$(BIN)) tests/serving_llama_cpp $(PYTEST_ARGS)
 
+test-sglang: $(SGLANG_INSTALLED)  ## serve prompts with SGLang on the CPU, and compare its answers with transformers (x86-64 Linux, 20 minutes)
+	PYTHONPATH=tests/support:tests/serving_real:tests/sglang_real $(call PYTEST,$(SGLANG_VENV)/bin) --confcutdir=tests/sglang_real -W default tests/sglang_real $(PYTEST_ARGS)
+
 test-extras: $(INSTALLED)  ## install each extra from a wheel in a new environment, and run its example (EXTRAS="trl ...")
 	$(BIN)/python tests/support/extras.py --torch="$(TORCH_PIP_ARGS)" $(EXTRAS)
 
@@ -112,7 +117,7 @@ lock: $(RELEASE_INSTALLED)  ## renew the hashes in locks/, after a change to con
 	$(RELEASE) .ci/lock.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(OLDEST_VENV) $(SERVING_VENV) $(LLAMA_CPP_VENV) $(RELEASE_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) $(SERVING_VENV) $(LLAMA_CPP_VENV) $(SGLANG_VENV) $(RELEASE_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # What .venv contains is pinned by hash (`make lock` renews the hashes), and pip resolves nothing. Packages without a wheel are built
 # with the pinned setuptools. torch has no hash, because its builds for CPU and CUDA are different files under one version; the lock
@@ -163,6 +168,14 @@ $(LLAMA_CPP_INSTALLED): requirements-llama-cpp.txt
 	@echo "Creating $(LLAMA_CPP_VENV), with llama.cpp's server."
 	@$(PYTHON) -m venv $(LLAMA_CPP_VENV)
 	@$(call pip,$(LLAMA_CPP_VENV)) --no-deps -r requirements-llama-cpp.txt
+	@touch $@
+
+$(SGLANG_INSTALLED): pyproject.toml requirements-sglang.txt
+	@echo "Creating $(SGLANG_VENV). This takes five minutes, once."
+	@$(PYTHON) -m venv $(SGLANG_VENV)
+	@echo "  torch";         $(call pip,$(SGLANG_VENV)) $(TORCH_PIP_ARGS) torch==2.13.0
+	@echo "  SGLang";        $(call pip,$(SGLANG_VENV)) --no-deps -r requirements-sglang.txt
+	@echo "  softhooks";     $(call pip,$(SGLANG_VENV)) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-models.txt

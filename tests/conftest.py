@@ -23,7 +23,7 @@ from softhooks import constraint
 from softhooks.backbone import attention_interface
 from softhooks.trainer import trainer_patches
 
-collect_ignore = ["serving_real"]  # needs vLLM, which has an environment of its own: `make test-vllm`
+collect_ignore = ["serving_real", "sglang_real"]  # need environments of their own: `make test-vllm`, `make test-sglang`
 if "SOFTHOOKS_LLAMA_CPP" not in os.environ:  # the Python with xllamacpp, set by `make test-llama-cpp`
     collect_ignore.append("serving_llama_cpp")
 

@@ -189,7 +189,9 @@ load_prompt(model, path, name='default', **options)
 SetFitPromptCallback(method, *, name='default', train_head=True, trainable=(), freeze_dropout=False, injection=None,
         check_frozen='save', model=None, train_added_tokens=False)
 [softhooks.integrations.sglang]
+command(model, prompts)
 embeddings(model, text, tokenizer=None)
+export(model, folder, name)
 request(rows, *, sampling_params=None, **options)
 [softhooks.integrations.skorch]
 FrozenCheck

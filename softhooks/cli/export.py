@@ -81,21 +81,22 @@ def export(
         ),
     ] = True,
 ) -> None:
-    """Write prompts for vLLM or llama.cpp, or a request for vLLM or SGLang with the embeddings of a prompt and a text.
+    """Write prompts for vLLM, SGLang or llama.cpp, or a request with the embeddings of a prompt and a text.
 
-    **Prompts for vLLM** (without --text): for each prompt, a file with its keys and values is written. A server that
-    softhooks' connector is configured for finds new and replaced files by itself, and requests select a prompt by the
-    name of its directory, together with plain text.
+    **Prompts** (without --text): for each prompt, a file with its keys and values is written. A server that softhooks'
+    integration is configured for finds new and replaced files by itself, and requests select a prompt by the name of
+    its directory, together with plain text.
 
     **Prompts for llama.cpp**: a running llama-server (--url), started with --slots and --slot-save-path OUTPUT, helps to write
     a slot file for each prompt, and **NAME.json**, the start of its requests.
 
     **A request** (with --text): **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to
-    /v1/completions (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, with --disable-radix-cache).
+    /v1/completions (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, --disable-radix-cache --dtype bfloat16).
 
     **Examples**
 
         softhooks export en de --to vllm --model Qwen/Qwen3-0.6B --output prompts
+        softhooks export en de --to sglang --model HuggingFaceTB/SmolLM2-135M --output prompts
         softhooks export --store prompts --tag production --to vllm --model Qwen/Qwen3-0.6B --output served
         softhooks export en de --to llama.cpp --model Qwen/Qwen3-0.6B --output slots
         softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
@@ -115,7 +116,7 @@ def export(
             require_server(url)
             export_slots(names, _base(model), output, url, strict)
         else:
-            export_prefixes(names, _base(model), output, strict)
+            export_prefixes(names, _base(model), output, to.value, strict)
         return
     content = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
     embeddings = _embeddings(prompts[0], model, content, chat, to, strict)
@@ -136,10 +137,8 @@ def _check_texts(prompts: list[str], to: Server, text: str | None, text_file: Pa
     if not prompts:
         raise OptionError("there is no prompt to export.", "Name saved prompts, or a folder with prompts by --store.")
     given = [name for name, value in (("--text", text), ("--text-file", text_file)) if value is not None]
-    if len(given) == 2 or (to is Server.sglang and not given):
-        raise OptionError(
-            f"exactly one of --text and --text-file is needed; {'both are' if given else 'neither is'} given."
-        )
+    if len(given) == 2:
+        raise OptionError("only one of --text and --text-file can be given; both are given.")
     if given and to is Server.llama_cpp:
         raise OptionError(
             f"{given[0]} cannot be combined with --to llama.cpp, whose requests contain the text as tokens."

@@ -1,4 +1,4 @@
-"""Write the keys and values of prompts, for the connector that serves them from vLLM."""
+"""Write the keys and values of prompts, which vLLM and SGLang serve with softhooks' integrations."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from softhooks.cli.prompt_names import default_name
 from softhooks.errors import OptionError
 
 
-def export_prefixes(prompts: dict[str, str], base: Any, output: Path, strict: bool) -> None:
+def export_prefixes(prompts: dict[str, str], base: Any, output: Path, server: str, strict: bool) -> None:
     """Write one file for each prompt into the directory of a server's prompts.
 
     Args:
         prompts: directories, or names on the Hub, by the names of the prompts in requests.
         base: the base model.
         output: the directory.
+        server: "vllm" or "sglang", whose option or command is printed.
         strict: refuse a base model whose weights differ from those used in training.
 
     Raises:
@@ -29,7 +30,7 @@ def export_prefixes(prompts: dict[str, str], base: Any, output: Path, strict: bo
     from softhooks.load import load  # torch and transformers take seconds to import
     from softhooks.serving.prefix import prefix_of
     from softhooks.serving.prefix_files import write_prefix
-    from softhooks.serving.requests import vllm_kv_transfer_config
+    from softhooks.serving.requests import sglang_command, vllm_kv_transfer_config
 
     for name, source in prompts.items():
         prompt = load(base, source, name, strict=strict)
@@ -40,6 +41,9 @@ def export_prefixes(prompts: dict[str, str], base: Any, output: Path, strict: bo
         path = write_prefix(output, name, prefix)
         facts = prefix.facts
         typer.echo(f"{path}: {facts.method}, {facts.num_virtual_tokens} virtual tokens, {facts.layers} layers")
+    if server == "sglang":
+        typer.echo(f"Start SGLang with this command:\n{sglang_command(base.name_or_path, output)}")
+        return
     config = shlex.quote(json.dumps(vllm_kv_transfer_config(output), separators=(",", ":")))
     typer.echo(f"Start vLLM with this option:\n--kv-transfer-config {config}")
 

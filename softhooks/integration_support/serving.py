@@ -12,6 +12,7 @@ from softhooks.serving.prompt_store import PromptStore
 from softhooks.serving.requests import (
     VLLM_CONNECTOR,
     VLLM_PROMPTS,
+    sglang_command,
     sglang_request,
     vllm_encode,
     vllm_kv_transfer_config,

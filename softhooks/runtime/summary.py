@@ -131,5 +131,5 @@ def _refusals_elsewhere(prompt: AttachedPrompt, peft_refusal: SoftHooksError | N
         return
     if prompt.injection not in ("attention", "shared", "branch") or required_columns(prompt):
         yield "continuous batching (`generate_batch`)"
-    if prompt.method.enters != "embeddings":
-        yield "SGLang, which only takes embeddings" if prompt.injection == "attention" else "vLLM and SGLang"
+    if prompt.method.enters != "embeddings" and prompt.injection != "attention":
+        yield "vLLM and SGLang"

@@ -120,5 +120,5 @@ def _facts(given: dict[str, Any], path: Path) -> PrefixFacts:
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a prompt that was exported for a server: {reason}.",
-        "Write it with `softhooks export PROMPT --to vllm --model MODEL --output DIR`.",
+        "Write it with `softhooks export PROMPT --to SERVER --model MODEL --output DIR`.",
     )

@@ -41,7 +41,7 @@ class PromptFolder:
         if not self.path.is_dir():
             raise OptionError(
                 f"{str(self.path)!r} is not a directory; the prompts to serve must be in a directory.",
-                "Write them with `softhooks export PROMPT... --to vllm --model MODEL --output DIR`.",
+                "Write them with `softhooks export PROMPT... --to SERVER --model MODEL --output DIR`.",
             )
         self._known: dict[str, FoundPrefix] = {}
 
@@ -96,6 +96,6 @@ class PromptFolder:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         return OptionError(
             f"there is no prompt {name!r}; the server has {', '.join(map(repr, names[:_SHOWN])) or 'none'}{more}.",
-            f"Add it with `softhooks export {name} --to vllm --model MODEL --output DIR`, where DIR is the directory that the "
+            f"Add it with `softhooks export {name} --to SERVER --model MODEL --output DIR`, where DIR is the directory that the "
             "server watches.",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def vllm_kv_transfer_config(prompts: str | Path) -> dict[str, Any]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {VLLM_PROMPTS: str(Path(prompts).absolute())},
     }
+
+
+def sglang_command(model: str, prompts: str | Path) -> str:
+    """Return the command that starts SGLang with the prompts in a directory, for a POSIX shell.
+
+    Args:
+        model: the base model, a directory or a name on the Hub.
+        prompts: the directory, to which `softhooks export PROMPT... --to sglang` writes.
+    """
+    folder = shlex.quote(str(Path(prompts).absolute()))
+    server = f"python -m sglang.launch_server --model-path {shlex.quote(model)}"
+    return f"SOFTHOOKS_PROMPTS={folder} {server} --radix-cache-backend softhooks"
 
 
 def sglang_request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:

@@ -48,6 +48,17 @@ def test_export_writes_a_file_for_each_prompt_and_names_the_option(saved: Path, 
     assert json.loads(value)["kv_connector_extra_config"] == {"prompts": str(tmp_path / "served")}
 
 
+def test_export_for_sglang_names_the_command(saved: Path, tmp_path: Path) -> None:
+    model, served = saved / "model", tmp_path / "served prompts"
+    command = ["export", str(saved / "en"), "--to", "sglang", "--model", str(model), "--output", str(served)]
+    done = runner.invoke(app.app, command)
+    assert done.exit_code == 0, done.output
+    assert PromptFolder(served).names() == ["en"]
+    folder, *start = shlex.split(done.stdout.splitlines()[-1])
+    assert folder == f"SOFTHOOKS_PROMPTS={served}"
+    assert start == shlex.split(f"python -m sglang.launch_server --model-path {model} --radix-cache-backend softhooks")
+
+
 def test_export_refuses_prompts_of_the_same_name_and_what_is_no_prefix(saved: Path, tmp_path: Path) -> None:
     assert "two prompts would get the name 'en'" in str(run(saved, tmp_path, "en", "en").exception)
     assert isinstance(run(saved, tmp_path, "adapter").exception, UnsupportedMethodError)

@@ -455,7 +455,7 @@ def test_a_failure_and_a_scripts_own_status_pass_through(
         (["convert", ".", "out"], 2),
         (["inspect"], 2),
         (["inspect", "nope"], 2),
-        (["export", "nope", "--to", "sglang", "--model", "nope", "--output", "out"], 2),
+        (["export", "nope", "--to", "sglang", "--model", "nope", "--output", "out"], 1),
         (["export", "nope", "more/nope", "--to", "vllm", "--model", "nope", "--output", "out"], 2),
         (["export", "nope", "--to", "vllm", "--model", "nope", "--output", "out"], 1),
         (["export", "nope", "--to", "nope", "--model", "nope", "--output", "out", "--text", "x"], 2),

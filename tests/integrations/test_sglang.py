@@ -1,4 +1,4 @@
-"""Requests for SGLang have its published fields (published.json); SGLang itself needs a GPU and is not run."""
+"""Requests for SGLang have its published fields (published.json); `make test-sglang` runs SGLang itself."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_field_that_is_not_published_is_noticed() -> None:
         read(json.dumps(sglang.request(torch.randn(3, 32), max_tokens=4)), FIELDS)
 
 
-@pytest.mark.skipif(not is_installed("sglang"), reason="SGLang needs a GPU")
+@pytest.mark.skipif(not is_installed("sglang"), reason="SGLang has an environment of its own")
 def test_the_record_is_what_sglang_publishes() -> None:
     from sglang.srt.managers.io_struct import GenerateReqInput
 

@@ -67,7 +67,7 @@ def test_which_servers_cannot_use_a_prompt() -> None:
         with softhooks.attach(zoo.build(arch, head), method) as prompt:
             return "\n".join(prompt.summary().refused)
 
-    assert "SGLang" in refused("llama", "causal", PrefixTuning(P))
+    assert "SGLang" not in refused("llama", "causal", PrefixTuning(P))
     assert "vLLM" not in refused("llama", "causal", PrefixTuning(P))
     assert "vLLM and SGLang" in refused("llama", "causal", LlamaAdapter(P))
     assert "vLLM" not in refused("llama", "causal", PromptTuning(P))

@@ -283,5 +283,6 @@ def test_export_of_a_chat_and_of_a_file(saved: Path, tmp_path: Path) -> None:
 def test_export_refuses_and_writes_nothing(saved: Path, tmp_path: Path) -> None:
     refused = run(saved, tmp_path / "out", "--text", "word5", prompt="prefix")
     assert isinstance(refused.exception, UnsupportedMethodError)
-    assert isinstance(run(saved, tmp_path / "out", to="sglang").exception, OptionError)
+    both = ("--text", "word5", "--text-file", str(saved / "model" / "config.json"))
+    assert isinstance(run(saved, tmp_path / "out", *both).exception, OptionError)
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import tokens
@@ -11,7 +12,7 @@ import softhooks
 
 
 def names() -> dict[str, Any]:
-    """A tiny Llama with its prompt, and its tokenizer."""
+    """A tiny Llama with its prompt, its tokenizer, and a directory."""
     model = zoo.build("llama")
     softhooks.attach(model, softhooks.PromptTuning(5))
-    return {"model": model, "tokenizer": tokens.tokenizer()}
+    return {"model": model, "tokenizer": tokens.tokenizer(), "folder": tempfile.mkdtemp()}
