@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.probe_inputs import text_config
+from softhooks.backbone.probing import eval_mode
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, UnsupportedModelError
 from softhooks.formats.files import replacing
 from softhooks.serving.llama_server import LlamaServer
@@ -165,17 +166,11 @@ def _difference(template: SlotFile, model: nn.Module, tokens: tuple[int, ...], m
     return float((template.read(template.keys[0]) - expected).norm() / expected.norm())
 
 
-@torch.no_grad()
 def _first_keys(model: Any, tokens: tuple[int, ...]) -> Tensor:
     """Run tokens through the bare model, and return the keys of the first layer. -> [P, Hk, D]."""
-    training = model.training
-    model.eval()
-    try:
-        with disabled(model):
-            ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
-            cache = model(ids, use_cache=True).past_key_values
-    finally:
-        model.train(training)
+    with eval_mode(model), disabled(model):
+        ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+        cache = model(ids, use_cache=True).past_key_values
     found: Tensor = cache.layers[0].keys
     return found[0].transpose(0, 1).cpu()
 

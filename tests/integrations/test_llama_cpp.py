@@ -91,6 +91,15 @@ def test_a_string_is_tokenized_by_the_server(model: Any, server: LlamaStandIn, t
     assert ("/tokenize", {"content": text, "add_special": True, "parse_special": True}) in server.seen
 
 
+def test_every_module_keeps_its_mode(model: Any, server: LlamaStandIn, tmp_path: Path) -> None:
+    with softhooks.attach(model, PrefixTuning(6)):
+        model.train()
+        model.model.layers[0].eval()
+        modes = [module.training for module in model.modules()]
+        llama_cpp.export(model, tmp_path, "en", url=server.url)
+        assert [module.training for module in model.modules()] == modes
+
+
 def test_each_prompt_has_its_own_placeholders(model: Any, server: LlamaStandIn, tmp_path: Path) -> None:
     found = []
     for name in ("en", "de"):
