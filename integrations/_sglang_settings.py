@@ -17,7 +17,7 @@ BACKEND = "softhooks"
 PROMPTS = "SOFTHOOKS_PROMPTS"
 """The environment variable that holds the directory of the prompts."""
 
-SERVED_TYPES = ("gemma3_text", "llama")
+SERVED_TYPES = ("gemma3_text", "llama", "qwen3")
 """The model types on which SGLang was compared with transformers."""
 
 _REMEDY = "Serve this model with `softhooks.integrations.transformers_serve`."

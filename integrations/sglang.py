@@ -9,7 +9,7 @@ the next request. The virtual tokens count as tokens of the input; the cache hol
 is flushed.
 
 The cache serves prefix tuning, P-tuning v2, cartridges, context tuning, and embeddings before the text. These raise an error:
-releases of SGLang other than 0.5.23; models other than Llama and Gemma 3 (text); gated branches, trained heads,
+releases of SGLang other than 0.5.23; models other than Llama, Qwen3 and Gemma 3 (text); gated branches, trained heads,
 slots within the text, prefixes in only some layers or that do not shift positions, and multitask prompts with several tasks;
 prefixes with `windowed=False` under a sliding window; tensor, pipeline, data and context parallelism, pages of several tokens,
 speculative decoding, quantized caches, hierarchical caches, `--json-model-override-args`, and sliding windows without

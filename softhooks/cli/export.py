@@ -83,9 +83,9 @@ def export(
 ) -> None:
     """Write prompts for vLLM, SGLang or llama.cpp, or a request with the embeddings of a prompt and a text.
 
-    **Prompts** (without --text): for each prompt, a file with its keys and values is written. A server that softhooks'
-    integration is configured for finds new and replaced files by itself, and requests select a prompt by the name of
-    its directory, together with plain text.
+    **Prompts for vLLM and SGLang** (without --text): for each prompt, a file with its keys and values is written. A
+    server that softhooks' integration is configured for finds new and replaced files by itself, and requests select a
+    prompt by the name of its directory, together with plain text.
 
     **Prompts for llama.cpp**: a running llama-server (--url), started with --slots and --slot-save-path OUTPUT, helps to write
     a slot file for each prompt, and **NAME.json**, the start of its requests.

@@ -39,7 +39,7 @@ class Server:
 SERVERS: dict[str, Server] = {
     # Measured with Gemma, Gemma 2, Gemma 3 and Granite: vLLM scales only the embeddings that it looks up for ids.
     "vllm": Server("vLLM 0.32.0", (), ("gemma", "gemma2", "gemma3", "gemma3_text", "granite")),
-    # Measured with Gemma, whose given embeddings SGLang scales too; from its source, also in Gemma 2, but not in the others.
+    # Measured with the same models: SGLang scales given embeddings too in Gemma and Gemma 2, but not in Gemma 3 and Granite.
     "sglang": Server("SGLang 0.5.23", ("gemma", "gemma2"), ("gemma3", "gemma3_text", "granite")),
 }
 

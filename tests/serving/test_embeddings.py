@@ -116,7 +116,7 @@ def inside_vllm(model: Any, rows: torch.Tensor) -> torch.Tensor:
 
 
 def inside_sglang(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """SGLang scales given rows too in Gemma and Gemma 2; Gemma 3 scales inside its embedding."""
+    """SGLang scales given rows too in Gemma and Gemma 2."""
     return rows * model.config.hidden_size**0.5 if model.config.model_type in ("gemma", "gemma2") else rows
 
 

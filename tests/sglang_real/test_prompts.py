@@ -123,8 +123,9 @@ def test_a_small_pool_of_keys_and_values(tmp_path: Path) -> None:
         compare(server, made)
 
 
-def test_sliding_windows(tmp_path: Path) -> None:
-    made = saved("gemma3", tmp_path)
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_other_models(kind: str, tmp_path: Path) -> None:
+    made = saved(kind, tmp_path)
     with serving(made.model, tmp_path, *SETTINGS, prompts=made.prompts) as server:
         compare(server, made)
 
