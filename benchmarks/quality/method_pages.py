@@ -87,11 +87,12 @@ def _comparison(standings: Standings, contestant: str, others: Sequence[str]) ->
     tried = {name for model in profile.tasks for name in contestants_of(profile, model)}
     own = [name for name in (contestant, *others) if name in tried]
     columns = [*own, *peft, LORA]
-    rows, models = [], []
+    rows, models, generated = [], [], []
     for task, model in standings.pairs():
         tuned = [_cell(standings, task, model, name, shots) for name in columns]
         if any(tuned[: len(own)]):
             models.append(model)
+            generated += [task] if task in GENERATED else []
             cells = [*tuned, _best_words(standings, task, model)]
             rows.append([f"{task}, {SHORT_NAMES[model]}", *(str(one.summary) if one else "" for one in cells)])
     if not rows:
@@ -101,8 +102,9 @@ def _comparison(standings: Standings, contestant: str, others: Sequence[str]) ->
         rows.append([f"learning rate, {SHORT_NAMES[model]}", *(f"{rate:g}" if rate else "" for rate in rates), ""])
     header = ["task, model", *(label_of(name) for name in columns), WORDS]
     seeds = ", ".join(f"{profile.seeds[model]} for {SHORT_NAMES[model]}" for model in dict.fromkeys(models))
+    score = f"Accuracy (for {' and '.join(generated)}, ROUGE-L)" if generated else "Accuracy"
     text = (
-        f"Accuracy (for {' and '.join(GENERATED)}, ROUGE-L) on test rows, with {shots} training rows of each class: mean ± "
+        f"{score} on test rows, with {shots} training rows of each class: mean ± "
         f"standard error over seeds ({seeds}). Each contestant was trained for the same number of steps, with the learning rate "
         "that was best on development rows."
     )
