@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from softhooks.errors import CheckpointError, PromptTooLongError
 from softhooks.integration_support.serving import FoundPrefix, PromptFolder
 from softhooks.integrations._sglang_requests import PLACEHOLDER, salt_of
-from softhooks.integrations._sglang_settings import prompt_folder, require_fit, require_model, require_options
+from softhooks.integrations._sglang_settings import prompt_folder, require_model, require_options, served_model
 
 
 class SoftPromptCache(UnifiedRadixCache):
@@ -46,7 +46,7 @@ class SoftPromptCache(UnifiedRadixCache):
         """
         if salt not in self._known:
             found = self.folder.find(name)
-            require_fit(found, self.model)
+            served_model(self.model).require_fit(found)
             if salt != salt_of(found):
                 raise CheckpointError(
                     f"the file of the prompt {found.name!r} was replaced after the server accepted the request.",

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from softhooks.errors import OptionError, PromptTooLongError, SoftHooksError, UnsupportedModeError
+from softhooks.errors import OptionError, SoftHooksError, UnsupportedModeError
 from softhooks.integration_support.serving import FoundPrefix, PromptFolder
-from softhooks.integrations._sglang_settings import BACKEND, prompt_folder, require_fit
+from softhooks.integrations._sglang_settings import BACKEND, prompt_folder, served_model
 
 FIELD = "soft_prompt"
 """The field of `custom_params` that names a request's prompt."""
@@ -34,7 +34,7 @@ _folder = lru_cache(maxsize=1)(prompt_folder)
 
 
 def name_in(custom_params: object) -> object:
-    """Return the prompt that `custom_params` names, or None."""
+    """Return the name of the prompt in `custom_params`, or None."""
     return custom_params.get(FIELD) if isinstance(custom_params, dict) else None
 
 
@@ -54,20 +54,15 @@ def require_servable(folder: PromptFolder, name: object, request: Any, length: i
         SoftHooksError: the request cannot be served.
     """
     found = folder.find(name)
-    require_fit(found, model)
+    served = served_model(model)
+    served.require_fit(found)
     wrong = [feature for feature in _UNSUPPORTED if getattr(request, feature, None)]
     if wrong:
         raise UnsupportedModeError(
             f"the request has {', '.join(f'`{feature}`' for feature in wrong)}, which cannot be combined with a prompt.",
             f"Leave it out, or leave {FIELD!r} out of `custom_params`.",
         )
-    virtual, limit = found.prefix.facts.num_virtual_tokens, model.context_len
-    if virtual + length >= limit:
-        raise PromptTooLongError(
-            f"the prompt {found.name!r} and the text have {virtual} + {length} tokens, but the server's limit is {limit} tokens, "
-            "of which one must be left for the answer.",
-            "Shorten the text, or start the server with a larger `--context-length`.",
-        )
+    served.require_room(found, length)
     return found
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from softhooks.errors import OptionError, PromptMismatchError, UnsupportedModeError, UnsupportedModelError
-from softhooks.integration_support.serving import FoundPrefix, PromptFolder
+from softhooks.errors import OptionError, UnsupportedModeError, UnsupportedModelError
+from softhooks.integration_support.serving import PromptFolder, ServedModel
 
 VERSIONS = ("0.5.23",)
 """The releases of SGLang that the prompt cache was run with."""
@@ -115,32 +115,17 @@ def require_model(model: Any) -> None:
         )
 
 
-def require_fit(found: FoundPrefix, model: Any) -> None:
-    """Refuse a prompt that was exported for another model, or that sliding windows would hide.
-
-    Raises:
-        PromptMismatchError: the base model differs.
-        UnsupportedModeError: every token must see the prefix, but a sliding window hides it.
-    """
-    facts, config = found.prefix.facts, model.hf_text_config
-    served = {
-        "model type": (facts.model_type, str(config.model_type)),
-        "layers": (facts.layers, model.num_hidden_layers),
-        "key-value heads": (sorted(set(facts.heads)), [model.get_total_num_kv_heads()]),
-        "size of a head": (sorted({*facts.key_dims, *facts.value_dims}), [model.head_dim]),
-        "vocabulary": (facts.vocabulary, config.vocab_size),
-    }
-    differing = {name: f"{own} (prompt), {other} (server)" for name, (own, other) in served.items() if own != other}
-    if differing:
-        raise PromptMismatchError(
-            f"the prompt {found.name!r} was exported for another model than the one that the server has loaded.",
-            "Export the prompt again: `softhooks export ... --model` must name the model of the server.",
-            **differing,
-        )
-    window = getattr(config, "sliding_window", None)
-    if not facts.windowed and window is not None and model.context_len > window:
-        raise UnsupportedModeError(
-            f"the prompt {found.name!r} ({facts.method}) was trained with windowed=False, but SGLang applies sliding windows to "
-            "prefixes.",
-            f"Train it with `windowed=True`, or start SGLang with `--context-length` of at most {window}.",
-        )
+def served_model(model: Any) -> ServedModel:
+    """Return what SGLang's configuration says about the model."""
+    config = model.hf_text_config
+    return ServedModel(
+        server="SGLang",
+        model_type=str(config.model_type),
+        layers=model.num_hidden_layers,
+        heads=model.get_total_num_kv_heads(),
+        head_size=model.head_dim,
+        vocabulary=config.vocab_size,
+        window=getattr(config, "sliding_window", None),
+        max_length=model.context_len,
+        length_option="--context-length",
+    )

@@ -12,9 +12,9 @@ from softhooks.integrations._vllm_scheduler import PrefixScheduler
 from softhooks.integrations._vllm_settings import (
     folder_of,
     require_configuration,
-    require_fit,
     require_layers,
     require_version,
+    served_model,
 )
 from softhooks.integrations._vllm_worker import PrefixWorker
 
@@ -50,7 +50,7 @@ class SoftPromptConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             folder = folder_of(vllm_config)
             for found in folder.read_all():
-                require_fit(found, vllm_config)
+                served_model(vllm_config).require_fit(found)
             self.scheduler = PrefixScheduler(folder, [group.kv_cache_spec.block_size for group in groups])
         else:
             size = vllm_config.parallel_config.tensor_parallel_size

@@ -10,10 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from softhooks.errors import OptionError, PromptTooLongError, SoftHooksError, UnsupportedModeError
+from softhooks.errors import OptionError, SoftHooksError, UnsupportedModeError
 from softhooks.integration_support.serving import VLLM_CONNECTOR, PromptFolder
 from softhooks.integrations._vllm_scheduler import FIELD
-from softhooks.integrations._vllm_settings import folder_of, require_fit
+from softhooks.integrations._vllm_settings import folder_of, served_model
 
 PARAMS = "kv_transfer_params"
 
@@ -37,7 +37,8 @@ def require_servable(config: Any, params: Any, length: int, **features: object) 
         raise OptionError(f"`{PARAMS}` is {given!r}; it must have the one field {FIELD!r}, the name of a prompt.")
     folder: PromptFolder = folder_of(config)
     found = folder.find(given[FIELD])
-    require_fit(found, config)
+    model = served_model(config)
+    model.require_fit(found)
     scored = getattr(params, "prompt_logprobs", None) is not None  # also sets `skip_reading_prefix_cache`
     features["prompt_logprobs"] = scored
     features["skip_reading_prefix_cache"] = not scored and getattr(params, "skip_reading_prefix_cache", None)
@@ -47,14 +48,8 @@ def require_servable(config: Any, params: Any, length: int, **features: object) 
             f"the request has {', '.join(f'`{name}`' for name in wrong)}, which cannot be combined with a prompt.",
             f"Leave it out, or leave `{PARAMS}` out.",
         )
-    virtual, limit = found.prefix.facts.num_virtual_tokens, config.model_config.max_model_len
-    if virtual + length >= limit:
-        raise PromptTooLongError(
-            f"the prompt {found.name!r} and the text have {virtual} + {length} tokens, but the server's limit is {limit} tokens, "
-            "of which one must be left for the answer.",
-            "Shorten the text, or start the server with a larger `--max-model-len`.",
-        )
-    return virtual
+    model.require_room(found, length)
+    return int(found.prefix.facts.num_virtual_tokens)
 
 
 def install() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from softhooks.errors import OptionError, PromptMismatchError, UnsupportedModeError, UnsupportedModelError
-from softhooks.integration_support.serving import MODEL_TYPES, VLLM_PROMPTS, FoundPrefix, PromptFolder
+from softhooks.errors import OptionError, UnsupportedModeError, UnsupportedModelError
+from softhooks.integration_support.serving import MODEL_TYPES, VLLM_PROMPTS, PromptFolder, ServedModel
 
 VERSIONS = ("0.32.0",)
 """The releases of vLLM that the connector was run with."""
@@ -101,33 +101,17 @@ def require_layers(config: Any, cache_config: Any) -> None:
         )
 
 
-def require_fit(found: FoundPrefix, config: Any) -> None:
-    """Refuse a prompt that was exported for another model, or that vLLM's sliding windows would hide.
-
-    Raises:
-        PromptMismatchError: the base model differs.
-        UnsupportedModeError: every token must see the prefix, but a sliding window hides it.
-    """
-    facts, model = found.prefix.facts, config.model_config
-    layers, heads, dim = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size()
-    served = {
-        "model type": (facts.model_type, str(model.hf_text_config.model_type)),
-        "layers": (facts.layers, layers),
-        "key-value heads": (sorted(set(facts.heads)), [heads]),
-        "size of a head": (sorted({*facts.key_dims, *facts.value_dims}), [dim]),
-        "vocabulary": (facts.vocabulary, model.hf_text_config.vocab_size),
-    }
-    differing = {name: f"{own} (prompt), {other} (server)" for name, (own, other) in served.items() if own != other}
-    if differing:
-        raise PromptMismatchError(
-            f"the prompt {found.name!r} was exported for another model than the one that the server has loaded.",
-            "Export the prompt again: `softhooks export ... --model` must name the model of the server.",
-            **differing,
-        )
-    window = model.get_sliding_window()
-    if not facts.windowed and window is not None and model.max_model_len > window:
-        raise UnsupportedModeError(
-            f"the prompt {found.name!r} ({facts.method}) was trained with windowed=False, but vLLM applies sliding windows to "
-            "prefixes.",
-            f"Train it with `windowed=True`, or start vLLM with `--max-model-len` of at most {window}.",
-        )
+def served_model(config: Any) -> ServedModel:
+    """Return what vLLM's configuration says about the model."""
+    model = config.model_config
+    return ServedModel(
+        server="vLLM",
+        model_type=str(model.hf_text_config.model_type),
+        layers=model.get_total_num_hidden_layers(),
+        heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+        vocabulary=model.hf_text_config.vocab_size,
+        window=model.get_sliding_window(),
+        max_length=model.max_model_len,
+        length_option="--max-model-len",
+    )

@@ -9,7 +9,7 @@ import typer
 
 
 def require_server(url: str) -> None:
-    """Ask the server for something that changes nothing, before a model is loaded.
+    """Check that the server answers, before a model is loaded.
 
     Raises:
         SoftHooksError: the server cannot be reached.

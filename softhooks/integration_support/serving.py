@@ -18,6 +18,7 @@ from softhooks.serving.requests import (
     vllm_kv_transfer_config,
     vllm_request,
 )
+from softhooks.serving.server_checks import ServedModel
 from softhooks.serving.slot_export import export_slot
 from softhooks.serving.slot_requests import complete as slot_complete
 from softhooks.serving.slot_requests import request as slot_request

@@ -37,7 +37,7 @@ weights are quantized to 4 bits, 0.3 for 2 bits, and 1.4 if the keys are in anot
 
 @dataclass(frozen=True)
 class ExportedSlot:
-    """What was written.
+    """A prompt that was written to a slot file.
 
     Attributes:
         path: the slot file.
@@ -184,5 +184,5 @@ def _ordered(key: Tensor, model_type: str) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[P, Hk, D] -> [P, Hk * D], float32."""
+    """Put the heads of a token in one row. [P, Hk, D] -> [P, Hk * D], float32."""
     return tensor.float().flatten(1)

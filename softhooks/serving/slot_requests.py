@@ -31,7 +31,7 @@ def slot_request(placeholders: Sequence[int], text: Sequence[int], slot: int = 0
 
 
 def request(path: str | Path, text: Sequence[int], *, slot: int = 0, **options: Any) -> dict[str, Any]:
-    """Return the JSON body for `/completion` of a server whose slot holds the prompt.
+    """Return the JSON body of a request to `/completion`, for a server whose slot holds the prompt.
 
     Args:
         path: the slot file.

@@ -282,3 +282,33 @@ def test_what_a_training_step_keeps(is_merged: bool) -> None:
         saved.append(sum(seen.values()))
     copies = (saved[1] - saved[0]) / (3 * 2 * 2 * 2 * 8 * 400 * 4)  # rows, layers, keys and values, two heads of eight
     assert (copies < 0.5) is is_merged
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "columns", "grad", "pays"),
+    [
+        (95, 8, 5, True, False),
+        (96, 1, 5, True, True),
+        (63, 8, 5, False, False),
+        (64, 1, 5, False, True),
+        (20, 8, 1, False, False),
+        (20, 13, 1, False, True),
+        (1024, 1, 1, False, False),
+    ],
+)
+def test_short_prefixes_are_concatenated(length: int, rows: int, columns: int, grad: bool, pays: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        assert merging._pays(length, torch.zeros(rows, 1, columns, 4)) is pays
+
+
+def test_a_trained_mask_is_not_merged(merged: list[Any]) -> None:
+    """The operators give no gradient for a mask."""
+    model = zoo.build("llama")
+    mask = torch.zeros(2, 1, 5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+    with attached(model, PrefixTuning(P), merged):
+        model(zoo.text(2, 5), attention_mask=mask)
+        assert merged
+        merged.clear()
+        model(zoo.text(2, 5), attention_mask=mask.requires_grad_()).logits.sum().backward()
+    assert not merged
+    assert mask.grad is not None

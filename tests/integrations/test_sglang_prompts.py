@@ -31,7 +31,7 @@ from softhooks.integration_support.serving import PromptFolder
 from softhooks.integrations import sglang
 from softhooks.integrations._sglang_plugin import register
 from softhooks.integrations._sglang_requests import _folder, make_request, salt_of, take_request
-from softhooks.integrations._sglang_settings import require_fit
+from softhooks.integrations._sglang_settings import served_model
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +173,11 @@ def test_models_and_prompts_must_fit(registered: stand_in.Registered, found: Any
         create(registered, served=stand_in.model(model_type="gpt2"))
     with pytest.raises(PromptMismatchError, match=r"layers: 2 \(prompt\), 9 \(server\)"):
         create(registered, served=stand_in.model(num_hidden_layers=9))
-    require_fit(found, stand_in.model(sliding_window=64))
+    served_model(stand_in.model(sliding_window=64)).require_fit(found)
     facts = SimpleNamespace(**{**vars(found.prefix.facts), "layers": 2, "windowed": False})
     unwindowed = SimpleNamespace(name="en", prefix=SimpleNamespace(facts=facts))
     with pytest.raises(UnsupportedModeError, match="windowed=False"):
-        require_fit(unwindowed, stand_in.model(sliding_window=16))  # type: ignore[arg-type]
+        served_model(stand_in.model(sliding_window=16)).require_fit(unwindowed)  # type: ignore[arg-type]
 
 
 def test_the_directory_must_be_named(registered: stand_in.Registered, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from softhooks.errors import (
 from softhooks.integration_support.serving import PromptFolder
 from softhooks.integrations import vllm
 from softhooks.integrations._vllm_requests import require_servable
-from softhooks.integrations._vllm_settings import require_configuration, require_fit, require_layers
+from softhooks.integrations._vllm_settings import require_configuration, require_layers, served_model
 
 NAMES = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
 
@@ -67,9 +67,9 @@ def test_layers_without_a_plain_cache_are_refused(prompt_folder: Path) -> None:
 )
 def test_a_prompt_for_another_model_is_refused(prompt_folder: Path, change: dict[str, Any]) -> None:
     found = PromptFolder(prompt_folder).find("en")
-    require_fit(found, configuration(prompt_folder))
+    served_model(configuration(prompt_folder)).require_fit(found)
     with pytest.raises(PromptMismatchError, match=r"'en' was exported for another model.*\n.*\(prompt\), .*\(server\)"):
-        require_fit(found, configuration(prompt_folder, **change))
+        served_model(configuration(prompt_folder, **change)).require_fit(found)
 
 
 def test_a_prefix_that_every_token_must_see_is_refused_under_a_window(prompt_folder: Path) -> None:
@@ -77,9 +77,9 @@ def test_a_prefix_that_every_token_must_see_is_refused_under_a_window(prompt_fol
     softhooks.attach(model, PrefixTuning(3, windowed=False))
     vllm.export(model, prompt_folder, "wide")
     found = PromptFolder(prompt_folder).find("wide")
-    require_fit(found, configuration(prompt_folder, window=64))  # no text is longer than the window
+    served_model(configuration(prompt_folder, window=64)).require_fit(found)  # no text is longer than the window
     with pytest.raises(UnsupportedModeError, match=r"windowed=False(.|\n)*`--max-model-len` of at most 32"):
-        require_fit(found, configuration(prompt_folder, window=32))
+        served_model(configuration(prompt_folder, window=32)).require_fit(found)
 
 
 @pytest.mark.parametrize("extra", [{}, {"prompts": 3}, {"prompts": "x", "prompt": "y"}], ids=str)

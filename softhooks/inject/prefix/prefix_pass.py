@@ -69,7 +69,7 @@ class PrefixPass(CheckpointedPass):
         if causal and not function.startswith("flash") and key.shape[2] > query.shape[2] > 1:
             # An empty static cache: the keys after the queries are blank, and no mask hides them.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        if can_merge(attention, prefix, site.index, (module, query, key, value, mask, *rest), kwargs):
+        if can_merge(attention, prefix, (module, query, key, value, mask, *rest), kwargs):
             return self._attend_merged(site, (query, key, value), mask, kwargs, causal)
         if site.role == "self" and joining_pays(function, prefix, query, key, mask, kwargs):
             joined = self._joined_mask(site, query, mask, kwargs, causal)
