@@ -301,6 +301,23 @@ def test_short_prefixes_are_concatenated(length: int, rows: int, columns: int, g
         assert merging._pays(length, torch.zeros(rows, 1, columns, 4)) is pays
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_autocast_converts_as_it_does_for_torchs_function(dtype: torch.dtype) -> None:
+    parts = [torch.randn(1, 2, 3, 4, dtype=dtype) for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = torch.nn.functional.scaled_dot_product_attention(*parts).dtype
+        assert {part.dtype for part in merging.cast_by_autocast(*parts)} == {expected}
+    assert {part.dtype for part in merging.cast_by_autocast(*parts)} == {dtype}
+
+
+def test_one_row_with_the_shorter_of_two_prompts(merged: list[Any]) -> None:
+    model = zoo.build("llama")
+    with softhooks.attach(model, PrefixTuning(P)), softhooks.attach(model, PrefixTuning(3), "short") as prompt:
+        merged.clear()
+        with softhooks.rows(model, ["short"]):
+            compare(model, prompt, {"input_ids": zoo.text(1, 5)})
+
+
 def test_a_trained_mask_is_not_merged(merged: list[Any]) -> None:
     """The operators give no gradient for a mask."""
     model = zoo.build("llama")

@@ -47,9 +47,7 @@ def can_merge(attention: AttentionFunction, prefix: KeyValues, args: tuple[Any, 
     if torch.compiler.is_compiling():
         return False
     _, query, key, value, mask, *rest = args
-    if prefix.variants != 1 or prefix.lengths is not None or prefix.requests is not None:
-        return False
-    if not _pays(prefix.length, query) or attention is not _sdpa():
+    if prefix.variants != 1 or not _pays(prefix.length, query) or attention is not _sdpa():
         return False
     if rest or kwargs.get("dropout") or kwargs.get("position_bias") is not None:
         return False

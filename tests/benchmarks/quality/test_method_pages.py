@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,16 +38,20 @@ def _write(store: Store, run: Run) -> None:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Standings:
-    store = Store(tmp_path)
-    for runs in (plan.baseline_runs(PROFILE), plan.prompt_runs(PROFILE)):
+    return _filled(Store(tmp_path), PROFILE)
+
+
+def _filled(store: Store, profile: Profile) -> Standings:
+    """Write all results of a profile."""
+    for runs in (plan.baseline_runs(profile), plan.prompt_runs(profile)):
         for run in runs:
             _write(store, run)
-    while missing := store.missing(plan.search_runs(PROFILE, store)):
+    while missing := store.missing(plan.search_runs(profile, store)):
         for run in missing:
             _write(store, run)
-    for run in (*plan.prompted_runs(PROFILE, store), *plan.final_runs(PROFILE, store)):
+    for run in (*plan.prompted_runs(profile, store), *plan.final_runs(profile, store)):
         _write(store, run)
-    return Standings(store, PROFILE)
+    return Standings(store, profile)
 
 
 @pytest.mark.parametrize("path", sorted(PAGES.glob("*.md")), ids=lambda path: path.stem)
@@ -86,6 +92,17 @@ def test_a_section_says_what_the_experiments_on_the_method_found(results: Standi
     assert "- About prefix_init. **Confirmed.** 0.7 against 0.5.\n" in section
     assert "prefix_mlp" not in section
     assert "anchors" not in section
+
+
+def test_a_task_is_shown_if_only_another_variant_of_the_method_has_results(tmp_path: Path) -> None:
+    profile = replace(
+        PROFILE,
+        tasks={SMOLLM2: ("docstrings", "synopses")},
+        contestants={SMOLLM2: ("lora", "llama_adapter", "llama_adapter_v2")},
+    )
+    text = measured(_filled(Store(tmp_path), profile), "llama_adapter", ())
+    assert "Accuracy (for synopses, ROUGE-L)" in text
+    assert re.search(r"\| synopses, SmolLM2 \|  \| 0\.\d{3} ± ", text)
 
 
 def test_without_results_a_page_ends_with_its_comment(tmp_path: Path, results: Standings) -> None:
