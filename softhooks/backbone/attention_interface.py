@@ -18,7 +18,7 @@ from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 from softhooks.backbone.forward_pass import AttentionFunction
-from softhooks.backbone.inline_attention import inline_forward
+from softhooks.backbone.inline.rewritten_forward import inline_forward
 from softhooks.backbone.stack import Site, Stack
 from softhooks.backbone.stack_state import RunningPass, StackState
 from softhooks.errors import PromptNotReachedError

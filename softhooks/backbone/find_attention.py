@@ -6,7 +6,7 @@ A `Site` stands for one such module in one layer; layers that share a module hav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.attention_interface import MARK, wrapped_functions
-from softhooks.backbone.inline_attention import inline_attention, rewritten_forward
-from softhooks.backbone.probing import FORWARD_ERRORS, are_close, last_hidden_state
+from softhooks.backbone.inline.attention_function import inline_attention
+from softhooks.backbone.inline.compare import compared_forwards, masked_inputs
+from softhooks.backbone.inline.rewritten_forward import family_of
+from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.backbone.stack import Role, Site, Stack
 from softhooks.backbone.windows import hides_distant, shortened_window
@@ -137,27 +139,22 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
         the calls, or an empty list if a result differs from the module's own: softhooks then does not support the module.
     """
     records: list[AttentionRecord] = []
-    differing: list[nn.Module] = []
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, function: Any = None, **kwargs: Any
+    ) -> Any:
         records.append(AttentionRecord(module, key.shape, value.shape))
-        return inline_attention(module, query, key, value, *args, **kwargs)
+        return (function or inline_attention)(module, query, key, value, *args, **kwargs)
 
-    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        ours = None
-        if "forward" not in module.__dict__:  # if no prompt has replaced its forward
-            with suppress(*FORWARD_ERRORS):
-                ours = rewritten[module](args, kwargs, attention)
-        if ours is None or not are_close(last_hidden_state(ours), last_hidden_state(output)):
-            differing.append(module)
-
-    rewritten = {part: own for part in stack.module.modules() if (own := rewritten_forward(part)) is not None}
-    with Patches() as patches:
-        for module in rewritten:
-            patches.keep(module.register_forward_hook(compare, with_kwargs=True))
-        if rewritten:
-            stack.module(**inputs, **({"use_cache": False} if "use_cache" in stack.parameters else {}))
-    return [] if differing else records
+    if all(family_of(part) is None for part in stack.module.modules()):
+        return []
+    options = {"use_cache": False} if "use_cache" in stack.parameters else {}
+    with compared_forwards(stack.module, attention) as differing:
+        stack.module(**inputs, **options)
+        found = list(records)
+        if "attention_mask" in stack.parameters and not differing:
+            stack.module(**masked_inputs(inputs), **options)
+    return [] if differing else found
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

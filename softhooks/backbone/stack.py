@@ -23,6 +23,7 @@ class AttentionCall:
         query_heads: the number of query heads, Hq.
         args, kwargs: the arguments, with None in place of the hidden states.
         place: where the hidden states are passed: an index in `args` or a name in `kwargs`.
+        axis: the dimension of the tokens in the hidden states, 1 in [B, T, H], and 2 in [B, H, T] (SqueezeBERT).
         failure: why the module cannot be called with these arguments; empty if it can.
     """
 
@@ -31,6 +32,7 @@ class AttentionCall:
     args: list[Any]
     kwargs: dict[str, Any]
     place: int | str
+    axis: int = 1
     failure: str = ""
 
     def arguments(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
@@ -38,9 +40,9 @@ class AttentionCall:
         args = [_on_device_of(value, rows) for value in self.args]
         kwargs = {name: _on_device_of(value, rows) for name, value in self.kwargs.items()}
         if isinstance(self.place, int):
-            args[self.place] = rows[:, None]
+            args[self.place] = rows.unsqueeze(self.axis)
         else:
-            kwargs[self.place] = rows[:, None]
+            kwargs[self.place] = rows.unsqueeze(self.axis)
         return args, kwargs
 
 

@@ -109,10 +109,13 @@ def effect(model: Any, text: Text) -> float:
         return gap(found, answer(model, text.call()))
 
 
-def dead(model: Any, prompt: SoftPrompt, text: Text) -> list[str]:
+def dead(model: Any, prompt: SoftPrompt, text: Text, unread: int = 0) -> list[str]:
     """Name the columns of the prompt's parameters that get no gradient, and the base's parameters that do.
 
     A column of a prefix belongs to one number of one layer's keys or values: a layer that the prefix does not reach shows.
+
+    Args:
+        unread: the number of columns on which the output does not depend.
     """
     model.zero_grad()
     output = model(**text.call())
@@ -121,7 +124,7 @@ def dead(model: Any, prompt: SoftPrompt, text: Text) -> list[str]:
     found = []
     for name, parameter in prompt.encoder.named_parameters():
         columns = 0 if parameter.grad is None else int(parameter.grad.flatten(0, -2).any(0).sum())
-        if columns < parameter.shape[-1]:
+        if columns < parameter.shape[-1] - unread:
             found.append(f"{name}: {columns} of {parameter.shape[-1]} columns have a gradient")
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not name.startswith("soft_prompt."):

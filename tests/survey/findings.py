@@ -95,7 +95,7 @@ def _while_attached(case: Case, model: Any, prompt: Any, text: Text) -> Iterator
     """Run the checks that need the attached prompt; return those that fail."""
     if checks.effect(model, text) < 1e-4:
         yield "the prompt does not move the output"
-    yield from checks.dead(model, prompt, text)
+    yield from checks.dead(model, prompt, text, unread=_unread(model, prompt))
     yield from _padding(case, model, prompt, text)
     if case.task in PER_TOKEN:
         yield from _reach(model, text)
@@ -110,18 +110,26 @@ def _while_attached(case: Case, model: Any, prompt: Any, text: Text) -> Iterator
             yield f"decoding with a cache differs by {gap:.1g}"
 
 
+def _unread(model: Any, prompt: Any) -> int:
+    """The number of a prefix's columns that reach no output: LiLT's last layer computes layout states that nothing reads."""
+    ratio = getattr(model.config, "channel_shrink_ratio", None)
+    return 0 if ratio is None or prompt.injection != "written_out" else int(model.config.hidden_size // ratio)
+
+
 def _padding(case: Case, model: Any, prompt: Any, text: Text) -> Iterator[str]:
     """Check padding that only the mask describes.
 
     Not where the bare model reads padding whatever the mask says (FNet, convolutions), and on the left not where it pools the
-    first column, which padding then is, or makes its decoder's ids of the text's (BART with a classifier).
+    first column, which padding then is, makes its decoder's ids of the text's (BART with a classifier), or looks for the question
+    among the first columns (BigBird).
     """
     if not _heeds_masks(model, text):
         return
     structure = prompt.prompted_model.structure
     pools_first = case.task == "sequence" and not structure.entry.causal
     copies_text = structure.is_encoder_decoder and case.task != "seq2seq"
-    for side in ("right",) if pools_first or copies_text else ("left", "right"):
+    reads_question = case.task == "qa" and hasattr(model, "prepare_question_mask")
+    for side in ("right",) if pools_first or copies_text or reads_question else ("left", "right"):
         try:
             moved = checks.padding(model, text, side, _pad(model))
         except UnsupportedModeError:
@@ -197,6 +205,8 @@ def _real_words(case: Case, model: Any, kind: str, text: Text) -> Iterator[str]:
     compare = {"prompt": real_words.front_gap, "prefix": real_words.prefix_gap}.get(kind)
     if compare is None or case.brings or case.task not in PER_TOKEN or (kind == "prefix" and _is_apart(case, model)):
         return
+    if case.task == "qa" and hasattr(model, "prepare_question_mask"):  # its first words are the question
+        return
     for left in (0, 3) if _heeds_masks(model, text) else (0,):
         try:
             gap = compare(model, text.ids[:1], VIRTUAL, left=left)
@@ -216,6 +226,8 @@ def _is_apart(case: Case, model: Any) -> bool:
     config = model.config.get_text_config()
     if (
         hasattr(config, "relative_attention_num_buckets")
+        or getattr(config, "has_relative_attention_bias", False)
+        or hasattr(config, "conv_kernel_size")
         or getattr(config, "trigram_input", False)
         or case.task == "qa"
     ):

@@ -6,18 +6,18 @@ from tests.survey.findings import Case
 
 _ARCHITECTURES = {
     "causal": (
-        "afmoe arcee bamba bart bert biogpt bloom codegen cohere2 ctrl deepseek_v3 deepseek_v32 deepseek_v4 diffllama exaone4 "
-        "falcon gemma2 gemma3_text gemma3n_text gemma4_text glm4 gpt2 gpt_neo gpt_neox gpt_oss gptj granitemoehybrid "
-        "hrm_text inkling_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 opt persimmon "
-        "phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet"
+        "afmoe arcee bamba bart bert big_bird biogpt bloom codegen cohere2 ctrl deepseek_v3 deepseek_v32 deepseek_v4 diffllama "
+        "exaone4 falcon gemma2 gemma3_text gemma3n_text gemma4_text glm4 gpt2 gpt_neo gpt_neox gpt_oss gptj granitemoehybrid "
+        "hrm_text inkling_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 openai-gpt opt "
+        "persimmon phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet"
     ),
     "masked": (
-        "albert bert big_bird camembert convbert deberta-v2 distilbert electra esm fnet ibert layoutlm luke mobilebert "
+        "albert bert big_bird camembert convbert deberta-v2 distilbert electra esm flaubert fnet ibert layoutlm luke mobilebert "
         "modernbert mpnet nystromformer rembert roberta roformer squeezebert tapas xlm yoso"
     ),
     "qa": "lilt layoutlmv3 markuplm splinter",
     "sequence": "funnel gpt2 llama roberta t5",
-    "seq2seq": "bart fsmt m2m_100 marian pegasus prophetnet t5",
+    "seq2seq": "bart bigbird_pegasus fsmt m2m_100 marian mvp pegasus prophetnet t5",
     "image_text": "exaone4_5 fuyu gemma3 gemma4 kosmos-2.5 llava mllama paligemma qwen2_vl",
 }
 
@@ -38,15 +38,14 @@ _REASONS: list[tuple[str, str, str]] = [
         "adapter",
         (
             "bloom-causal codegen-causal falcon-causal gpt_neo-causal gptj-causal mamba2-causal mpt-causal "
-            "trocr-causal xglm-causal big_bird-masked convbert-masked fnet-masked luke-masked nystromformer-masked "
-            "squeezebert-masked tapas-masked xlm-masked yoso-masked lilt-qa layoutlmv3-qa prophetnet-seq2seq "
+            "trocr-causal xglm-causal fnet-masked nystromformer-masked yoso-masked prophetnet-seq2seq "
             "trocr-causal-encoder_hidden_states"
         ),
     ),
     (
         "the keys and values of a layer with a gated branch must depend only on the layer's input",
         "adapter",
-        "ctrl-causal diffllama-causal mobilebert-masked",
+        "ctrl-causal diffllama-causal mobilebert-masked lilt-qa",
     ),
     (
         "a key-value prefix needs masks that do not depend on the text",
@@ -61,10 +60,7 @@ _REASONS: list[tuple[str, str, str]] = [
     (
         "has no attention that a key-value prefix can enter",
         "prefix",
-        (
-            "mamba2-causal big_bird-masked convbert-masked fnet-masked luke-masked nystromformer-masked "
-            "squeezebert-masked tapas-masked xlm-masked yoso-masked lilt-qa layoutlmv3-qa prophetnet-seq2seq"
-        ),
+        "mamba2-causal fnet-masked nystromformer-masked yoso-masked prophetnet-seq2seq",
     ),
     (
         "no nn.Embedding that receives the text's ids unchanged",

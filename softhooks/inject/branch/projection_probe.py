@@ -109,18 +109,22 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
 def _attention_call(seen: _Seen) -> AttentionCall:
     """Turn a recorded call into arguments for other hidden states, without positions or a cache."""
     given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
-    place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
+    found = ((name, value.numel(), axis) for axis in (1, 2) for name, value in given if _is_state(value, axis))
+    place, width, axis = next(found, ("", 0, 1))
     return AttentionCall(
         width=width,
         query_heads=seen.query.shape[1],
         args=[None if number == place else _nowhere(value) for number, value in enumerate(seen.args)],
         kwargs={name: None if name == place else _nowhere(value) for name, value in seen.kwargs.items()},
         place=place,
+        axis=axis,
     )
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3 and value.shape[:2] == (1, 1)
+def _is_state(value: Any, axis: int) -> bool:
+    """Whether an argument is the hidden state of one token, with the tokens in dimension `axis`."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+    return is_float and value.shape[0] == value.shape[axis] == 1
 
 
 def _nowhere(value: Any) -> Any:
@@ -149,7 +153,7 @@ def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
         return f"it calls the attention function {len(site.shared_sites) / len(seen.calls):g} times"
     if getattr(seen.output, "shape", None) != (1, 1, call.query_heads, site.value_dim):
         return "its attention function does not return [B, T, heads, head size]"
-    own: Tensor = (seen.args[call.place] if isinstance(call.place, int) else seen.kwargs[call.place])[0]
+    own: Tensor = (seen.args[call.place] if isinstance(call.place, int) else seen.kwargs[call.place]).reshape(1, -1)
     other = torch.arange(1.0, own.shape[-1] + 1, device=own.device).sin().to(own)[None]
     try:
         keys, values = keys_and_values(site, torch.cat([own, other]))
