@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
+from softhooks.backbone.decoder_attention import replace_attention
 from softhooks.backbone.forward_pass import AttentionFunction
 from softhooks.backbone.inline.rewritten_forward import inline_forward
 from softhooks.backbone.stack import Site, Stack
@@ -111,6 +112,8 @@ def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
                 patches.set(site.module, MARK, site)
                 if stack.injection == "written_out":
                     patches.set(site.module, "forward", inline_forward(site, current_pass))
+                elif site.scaling is not None:
+                    replace_attention(site, current_pass, patches)
 
 
 @contextmanager

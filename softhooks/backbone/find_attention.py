@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.attention_interface import MARK, wrapped_functions
+from softhooks.backbone.decoder_attention import find_scalings
 from softhooks.backbone.inline.attention_function import inline_attention
 from softhooks.backbone.inline.compare import compared_forwards, masked_inputs
 from softhooks.backbone.inline.rewritten_forward import family_of
@@ -170,9 +171,12 @@ def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
         except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError):
             return  # The model does not accept this cache, so it has no sites, and methods that need sites refuse it.
     for layer, (key, value) in sorted(cache.recorded.items()):
-        stack.sites.append(Site(stack, "self", layer, cache.callers[layer], key.shape[1], key.shape[3], value.shape[3]))
+        site = Site(stack, "self", layer, cache.callers[layer], key.shape[1], key.shape[3], value.shape[3])
+        site.shared_sites = [site]
+        stack.sites.append(site)
     if stack.sites:
         stack.injection = "cache"
+        find_scalings(stack, {"input_ids": ids, **({"use_cache": False} if "use_cache" in stack.parameters else {})})
 
 
 @contextmanager

@@ -66,6 +66,8 @@ class Site:
         key_dim, value_dim: the head dimensions of keys and values, D.
         shared_sites: one site per layer if several layers share the module (ALBERT), in the order of the calls.
         call: the arguments for computing keys and values of single hidden states; None until `projection_probe` finds them.
+        scaling: the factor of the scores, if keys and values enter through a cache and a gated branch can enter the attention;
+            otherwise None (`decoder_attention`).
         is_windowed: whether the config's `sliding_window` limits its masks, even if its attention calls do not pass the window.
     """
 
@@ -78,6 +80,7 @@ class Site:
     value_dim: int
     shared_sites: list[Site] = field(default_factory=list)
     call: AttentionCall | None = None
+    scaling: float | None = None
     is_windowed: bool = False
 
     @property
@@ -168,6 +171,13 @@ class Stack:
     pooled_module: nn.Module | None = None
     reads_ids: bool | None = None
     state: StackState = field(default_factory=StackState, init=False, repr=False)
+
+    @property
+    def takes_branches(self) -> bool:
+        """Whether a gated branch can enter the attention functions of all sites."""
+        if self.injection == "cache":
+            return all(site.scaling is not None for site in self.sites)
+        return self.injection is not None
 
     def sites_of(self, role: Role) -> list[Site]:
         """Return the sites with this role (self- or cross-attention), in the order of their indices."""

@@ -26,6 +26,7 @@ from softhooks.analysis.tiny_config import VOCABULARY, tiny_like
 from softhooks.cli import app
 from softhooks.cli.doctor import show
 from softhooks.method import METHODS
+from tests.survey import models
 
 runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -95,11 +96,11 @@ def test_it_examines_a_model_of_full_size_without_its_weights(tmp_path: Path) ->
 
 
 def test_refusals_are_those_of_attach(tmp_path: Path) -> None:
-    folder = config_only(tmp_path, "bloom")
+    folder = config_only(tmp_path, "mamba2")
     found = json.loads(run(folder, "--json"))
     by_method = {one["method"]: one for one in found["methods"]}
     with pytest.raises(softhooks.AttachError) as refused:
-        softhooks.attach(zoo.build("bloom"), softhooks.LlamaAdapter(4))
+        softhooks.attach(models.build("mamba2", "causal"), softhooks.LlamaAdapter(4))
     first = str(refused.value).splitlines()[0]
     assert by_method["llama_adapter"]["error"].splitlines()[0] == first
     assert "llama-adapter refused: " in shown(found)

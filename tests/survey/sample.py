@@ -7,9 +7,9 @@ from tests.survey.findings import Case
 _ARCHITECTURES = {
     "causal": (
         "afmoe arcee bamba bart bert big_bird biogpt bloom codegen cohere2 ctrl deepseek_v3 deepseek_v32 deepseek_v4 diffllama "
-        "exaone4 falcon gemma2 gemma3_text gemma3n_text gemma4_text glm4 gpt2 gpt_neo gpt_neox gpt_oss gptj granitemoehybrid "
-        "hrm_text inkling_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 openai-gpt opt "
-        "persimmon phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet"
+        "exaone4 falcon gemma2 gemma3_text gemma3n_text gemma4_text glm4 gpt2 gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj "
+        "granitemoehybrid hrm_text inkling_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 "
+        "openai-gpt opt persimmon phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet"
     ),
     "masked": (
         "albert bert big_bird camembert convbert deberta-v2 distilbert electra esm flaubert fnet ibert layoutlm luke mobilebert "
@@ -36,11 +36,7 @@ _REASONS: list[tuple[str, str, str]] = [
     (
         "does not use transformers' attention interface; a gated branch needs it",
         "adapter",
-        (
-            "bloom-causal codegen-causal falcon-causal gpt_neo-causal gptj-causal mamba2-causal mpt-causal "
-            "trocr-causal xglm-causal fnet-masked nystromformer-masked yoso-masked prophetnet-seq2seq "
-            "trocr-causal-encoder_hidden_states"
-        ),
+        ("mamba2-causal fnet-masked nystromformer-masked yoso-masked prophetnet-seq2seq"),
     ),
     (
         "the keys and values of a layer with a gated branch must depend only on the layer's input",

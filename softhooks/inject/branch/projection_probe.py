@@ -28,7 +28,7 @@ def find_attention_calls(structure: ModelStructure) -> None:
     """
     encoded: Tensor | None = None
     for stack in structure.stacks:
-        if stack.injection not in ("attention", "written_out"):
+        if not stack.takes_branches:
             raise UnsupportedMethodError(
                 f"{type(stack.module).__name__} does not use transformers' attention interface; a gated branch needs it, or "
                 "attention code that softhooks can rewrite.",

@@ -56,6 +56,10 @@ class CachePass(PrefixPass):
         call["attention_mask"] = self._widen_mask(call.get("attention_mask"), shape)
         self._keep_cache_in_checkpoints()
 
+    def enters(self, site: Site) -> bool:
+        """Return False: the prefix is in the cache, so the attention function must not be changed."""
+        return False
+
     def narrowed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remove the prefix's columns from the mask that a layer without a prefix shares with the other layers."""
         names = list(inspect.signature(type(module).forward).parameters)[1:]

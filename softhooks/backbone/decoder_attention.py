@@ -1,0 +1,144 @@
+"""Let a gated branch enter decoders that compute attention inline, and that a prefix enters through their cache.
+
+The cache gets the keys and values, but a branch also needs the queries. GPT-J, GPT-Neo, CodeGen and GPT-NeoX-Japanese compute
+attention in a method `_attn`, which is wrapped. In the families of `decoder_families`, the forward of the attention module is
+replaced; `attach` compares the results of both. Attention over the text is computed by the same operations as without a prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from softhooks.backbone.decoder_families import InlineDecoder, family_of
+from softhooks.backbone.forward_pass import AttentionFunction
+from softhooks.backbone.probing import FORWARD_ERRORS, are_close, last_hidden_state
+from softhooks.backbone.stack import Site, Stack
+from softhooks.backbone.stack_state import RunningPass
+from softhooks.patching.patches import Patches
+
+CurrentPass = Callable[[nn.Module], RunningPass | None]
+"""`attention_interface.current_pass`, passed to the functions of this file to avoid a circular import."""
+
+METHOD = "_attn"
+"""The method that computes attention in some modules, from query, key, value and mask, with the output [B, Hq, T, D]."""
+
+
+def _run(family: InlineDecoder, module: nn.Module, args: Any, kwargs: dict[str, Any], attend: AttentionFunction) -> Any:
+    names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    return family.forward(module, dict(zip(names, args, strict=False)) | kwargs, attend)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def _method_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Any:
+    """Compute attention with the module's own method. -> [B, T, Hq, D] and the weights."""
+    output, weights = getattr(type(module), METHOD)(module, query, key, value, mask)
+    return output.transpose(1, 2), weights
+
+
+def _scaling(module: nn.Module, query: Tensor) -> float | None:
+    """Return the factor of the scores in the module's method, or None if the method does not compute plain attention.
+
+    The method is called on made-up tensors: the second of two tokens attends to both.
+
+    Args:
+        query: a query of the module, which tells the number of heads, their size and the device.
+    """
+    size = query.shape[1] * query.shape[3]
+    made = torch.arange(1.0, 5 * size + 1, device=query.device).sin().reshape(1, query.shape[1], 5, query.shape[3])
+    query, key, value = made[:, :, :1], made[:, :, 1:3], made[:, :, 3:]
+    try:
+        own, _ = _method_attention(module, query, key, value, None)
+    except FORWARD_ERRORS:
+        return None
+    for scaling in (made.shape[3] ** -0.5, 1.0):
+        plain = functional.softmax(query @ key.transpose(-1, -2) * scaling, dim=-1) @ value
+        if are_close(own, plain.transpose(1, 2)):
+            return scaling
+    return None
+
+
+# --- finding and replacing --------------------------------------------------------------------------------------------
+
+
+def find_scalings(stack: Stack, inputs: dict[str, Any]) -> None:
+    """Run a stack whose attention is found through its cache, and set `Site.scaling` where a gated branch can enter.
+
+    Raises:
+        RuntimeError, TypeError, ...: whatever the stack raises on these inputs.
+    """
+    agree: dict[nn.Module, list[float | None]] = {site.module: [] for site in stack.sites}
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found: list[float] = []
+
+        def attention(*parts: Any, **options: Any) -> Any:
+            found.append(options["scaling"])
+            return families[module].attention(*parts, **options)
+
+        try:
+            ours = last_hidden_state(_run(families[module], module, args, kwargs, attention))
+            agree[module].append(found[0] if are_close(ours, last_hidden_state(output)) else None)
+        except FORWARD_ERRORS:
+            agree[module].append(None)
+
+    def method(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Any:
+        agree[module].append(_scaling(module, query))
+        return getattr(type(module), METHOD)(module, query, key, value, mask)
+
+    families = {module: family for module in agree if (family := family_of(module)) is not None}
+    with Patches() as patches:
+        for module in agree:
+            if module in families:
+                patches.keep(module.register_forward_hook(compare, with_kwargs=True))
+            elif hasattr(type(module), METHOD):
+                patches.set(module, METHOD, functools.partial(method, module))
+        stack.module(**inputs)
+    for site in stack.sites:
+        found = agree[site.module]
+        site.scaling = found[0] if len(found) == 1 else None
+
+
+def replace_attention(site: Site, current_pass: CurrentPass, patches: Patches) -> None:
+    """Let the current pass compute the attention of a module for which `find_scalings` found the scaling."""
+    if family_of(site.module) is not None:
+        patches.set(site.module, "forward", functools.partial(_forward, site.module, site, current_pass))
+    else:
+        patches.set(site.module, METHOD, functools.partial(_attn, site.module, site, current_pass))
+
+
+def _forward(module: nn.Module, site: Site, current_pass: CurrentPass, *args: Any, **kwargs: Any) -> Any:
+    current, family = current_pass(module), family_of(module)
+    if current is None or not current.enters(site):
+        return type(module).forward(module, *args, **kwargs)
+    assert family is not None
+
+    def attend(*parts: Any, **options: Any) -> Any:
+        return current.attend(site, family.attention, parts, options)
+
+    return _run(family, module, args, kwargs, attend)
+
+
+def _attn(
+    module: nn.Module,
+    site: Site,
+    current_pass: CurrentPass,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+) -> Any:
+    current = current_pass(module)
+    if current is None or not current.enters(site):
+        return getattr(type(module), METHOD)(module, query, key, value, attention_mask)
+    parts, options = (module, query, key, value, attention_mask), {"scaling": site.scaling}
+    output, weights = current.attend(site, _method_attention, parts, options)
+    return output.transpose(1, 2), weights
