@@ -14,24 +14,31 @@ Role = Literal["self", "cross"]
 StackName = Literal["text", "encoder", "decoder"]
 
 
+_ENCODED = "encoder_hidden_states"
+
+
 @dataclass(eq=False)
 class AttentionCall:
-    """The arguments with which an attention module computes keys and values, without rotary positions or a mask.
+    """The arguments with which a module computes the keys and values of an attention layer, without positions or a mask.
 
     Attributes:
+        module: the attention module, or the module around it that computes the inputs of keys and values (MobileBERT).
+        number: which of the module's calls to the attention function is the site's; 0 if it makes only one.
         width: the width of the hidden states, H.
         query_heads: the number of query heads, Hq.
         args, kwargs: the arguments, with None in place of the hidden states.
-        place: where the hidden states are passed: an index in `args` or a name in `kwargs`.
+        places: where the hidden states are passed: indices in `args` and names in `kwargs`. Usually this is one place.
         axis: the dimension of the tokens in the hidden states, 1 in [B, T, H], and 2 in [B, H, T] (SqueezeBERT).
         failure: why the module cannot be called with these arguments; empty if it can.
     """
 
+    module: nn.Module
+    number: int
     width: int
     query_heads: int
     args: list[Any]
     kwargs: dict[str, Any]
-    place: int | str
+    places: list[int | str]
     axis: int = 1
     failure: str = ""
 
@@ -39,10 +46,13 @@ class AttentionCall:
         """Return the arguments with hidden states [N, H] inserted as N sequences of one token."""
         args = [_on_device_of(value, rows) for value in self.args]
         kwargs = {name: _on_device_of(value, rows) for name, value in self.kwargs.items()}
-        if isinstance(self.place, int):
-            args[self.place] = rows.unsqueeze(self.axis)
-        else:
-            kwargs[self.place] = rows.unsqueeze(self.axis)
+        if isinstance(kwargs.get(_ENCODED), Tensor):  # merged with the text's states (T5Gemma 2)
+            kwargs[_ENCODED] = kwargs[_ENCODED].expand(len(rows), -1, -1)
+        for place in self.places:
+            if isinstance(place, int):
+                args[place] = rows.unsqueeze(self.axis)
+            else:
+                kwargs[place] = rows.unsqueeze(self.axis)
         return args, kwargs
 
 

@@ -9,7 +9,7 @@ _ARCHITECTURES = {
         "afmoe arcee bamba bart bert big_bird biogpt bloom codegen cohere2 ctrl deepseek_v3 deepseek_v32 deepseek_v4 diffllama "
         "exaone4 falcon gemma2 gemma3_text gemma3n_text gemma4_text glm4 gpt2 gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj "
         "granitemoehybrid hrm_text inkling_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 "
-        "openai-gpt opt persimmon phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet"
+        "openai-gpt opt persimmon phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet zaya"
     ),
     "masked": (
         "albert bert big_bird camembert convbert deberta-v2 distilbert electra esm flaubert fnet ibert layoutlm luke mobilebert "
@@ -17,7 +17,7 @@ _ARCHITECTURES = {
     ),
     "qa": "lilt layoutlmv3 markuplm splinter",
     "sequence": "funnel gpt2 llama roberta t5",
-    "seq2seq": "bart bigbird_pegasus fsmt m2m_100 marian mvp pegasus prophetnet t5",
+    "seq2seq": "bart bigbird_pegasus fsmt m2m_100 marian mvp pegasus prophetnet t5 t5gemma2",
     "image_text": "exaone4_5 fuyu gemma3 gemma4 kosmos-2.5 llava mllama paligemma qwen2_vl",
 }
 
@@ -41,7 +41,7 @@ _REASONS: list[tuple[str, str, str]] = [
     (
         "the keys and values of a layer with a gated branch must depend only on the layer's input",
         "adapter",
-        "ctrl-causal diffllama-causal mobilebert-masked lilt-qa",
+        "lilt-qa zaya-causal",
     ),
     (
         "a key-value prefix needs masks that do not depend on the text",

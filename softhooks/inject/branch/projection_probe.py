@@ -43,8 +43,7 @@ def find_attention_calls(structure: ModelStructure) -> None:
         seen = _watch(stack, structure.vocabulary, encoded)
         with eval_mode(stack.module), marked_sites(stack):
             for site in stack.sites_of("self"):
-                site.call = _attention_call(seen[site.index])
-                site.call.failure = _failure(site, site.call, seen[site.index])
+                site.call = _find_call(site, seen[site.index])
 
 
 @dataclass(eq=False)
@@ -52,19 +51,18 @@ class _Seen:
     """A call to one self-attention layer in a forward of one token.
 
     Attributes:
-        calls: the arguments of all calls to the layer's module (several layers may share it).
-        args, kwargs: the arguments of this call.
+        around: the attention module, and the modules around it, from the inside out, with the arguments of this call.
         query, key, value: the arguments of the attention function.
         output: the output of the attention function.
+        calls: the number of calls to the layer's module in the whole forward (several layers may share it).
     """
 
-    calls: list[tuple[Any, Any]]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    around: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
     query: Tensor
     key: Tensor
     value: Tensor
     output: Any
+    calls: int = 0
 
 
 class _WatchPass(Pass):
@@ -73,18 +71,19 @@ class _WatchPass(Pass):
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
         self.seen: dict[int, _Seen] = {}
-        self._called: dict[int, list[tuple[Any, Any]]] = {}
+        self.called: dict[nn.Module, list[tuple[Any, Any]]] = {}
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record a call to an attention module."""
-        self._called.setdefault(id(module), []).append((args, dict(kwargs)))
+        """Record a call to an attention module, or to a module around one."""
+        self.called.setdefault(module, []).append((args, dict(kwargs)))
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call to the attention function."""
         output = attention(*args, **kwargs)
         if site.role == "self":
-            calls, (query, key, value) = self._called[id(site.module)], args[1:4]
-            self.seen[site.index] = _Seen(calls, *calls[-1], query, key, value, output[0])
+            around = [(module, *self.called[module][-1]) for module in _modules_around(site) if module in self.called]
+            query, key, value = args[1:4]
+            self.seen[site.index] = _Seen(around, query, key, value, output[0])
         return output
 
 
@@ -95,10 +94,12 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
         inputs["encoder_hidden_states"] = encoded
     forward_pass = _WatchPass(stack)
     with eval_mode(stack.module), marked_sites(stack), Patches() as hooks:
-        for module in {id(site.module): site.module for site in stack.sites_of("self")}.values():
+        for module in dict.fromkeys(module for site in stack.sites_of("self") for module in _modules_around(site)):
             hooks.keep(module.register_forward_pre_hook(forward_pass.note, with_kwargs=True))
         with stack.state.running(forward_pass):
             stack.module(**inputs)
+    for seen in forward_pass.seen.values():
+        seen.calls = len(forward_pass.called[seen.around[0][0]])
     return forward_pass.seen
 
 
@@ -106,19 +107,51 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
     return torch.tensor([[min(_PROBE_ID, vocabulary - 1)]], device=device_of(stack.embedding))
 
 
-def _attention_call(seen: _Seen) -> AttentionCall:
+def _modules_around(site: Site) -> list[nn.Module]:
+    """Return a site's attention module and the modules around it, without the stack, from the inside out."""
+    names = {id(module): name for name, module in site.stack.module.named_modules()}
+    parts = names[id(site.module)].split(".")
+    return [site.stack.module.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1)]
+
+
+def _find_call(site: Site, seen: _Seen) -> AttentionCall:
+    """Find the innermost module that computes a site's keys and values from one sequence of hidden states.
+
+    This is the attention module, or a module around it if the attention module gets several different sequences. If there is
+    none, the result has the `failure` of the attention module.
+    """
+    calls = []
+    for module, args, kwargs in seen.around:
+        calls.append(_attention_call(site, seen, module, args, kwargs))
+        site.call = calls[-1]
+        site.call.failure = _failure(site, site.call, seen, args, kwargs)
+        if not site.call.failure:
+            return site.call
+    return calls[0]
+
+
+def _attention_call(
+    site: Site, seen: _Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AttentionCall:
     """Turn a recorded call into arguments for other hidden states, without positions or a cache."""
-    given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
-    found = ((name, value.numel(), axis) for axis in (1, 2) for name, value in given if _is_state(value, axis))
-    place, width, axis = next(found, ("", 0, 1))
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    state, axis = next(((value, axis) for axis in (1, 2) for _, value in given if _is_state(value, axis)), (None, 1))
+    # An attention module may get the same states as query, key and value (CTRL).
+    places = [name for name, value in given if _is_state(value, axis) and _equal(value, state)]
     return AttentionCall(
-        width=width,
+        module=module,
+        number=site.shared_sites.index(site) % max(len(site.shared_sites) // seen.calls, 1),
+        width=0 if state is None else state.numel(),
         query_heads=seen.query.shape[1],
-        args=[None if number == place else _nowhere(value) for number, value in enumerate(seen.args)],
-        kwargs={name: None if name == place else _nowhere(value) for name, value in seen.kwargs.items()},
-        place=place,
+        args=[None if number in places else _nowhere(value) for number, value in enumerate(args)],
+        kwargs={name: None if name in places else _nowhere(value) for name, value in kwargs.items()},
+        places=places,
         axis=axis,
     )
+
+
+def _equal(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and torch.equal(one, other)
 
 
 def _is_state(value: Any, axis: int) -> bool:
@@ -140,20 +173,21 @@ def _nowhere(value: Any) -> Any:
     return value
 
 
-def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
+def _failure(site: Site, call: AttentionCall, seen: _Seen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Describe why a layer's keys and values for given hidden states are wrong; return an empty string if they are right.
 
     The recorded token is at position 0, where a rotation changes at most the scale of the key. So the value must be reproduced
     exactly, and the key up to a factor. A second hidden state in the batch must get a different key and value, and must not
     affect the first.
     """
-    if call.place == "":
+    if not call.places:
         return "its input is not a sequence of hidden states"
-    if len(seen.calls) != len(site.shared_sites):
-        return f"it calls the attention function {len(site.shared_sites) / len(seen.calls):g} times"
+    if len(site.shared_sites) % seen.calls:
+        return f"it calls the attention function {len(site.shared_sites) / seen.calls:g} times"
     if getattr(seen.output, "shape", None) != (1, 1, call.query_heads, site.value_dim):
         return "its attention function does not return [B, T, heads, head size]"
-    own: Tensor = (seen.args[call.place] if isinstance(call.place, int) else seen.kwargs[call.place]).reshape(1, -1)
+    place = call.places[0]
+    own: Tensor = (args[place] if isinstance(place, int) else kwargs[place]).reshape(1, -1)
     other = torch.arange(1.0, own.shape[-1] + 1, device=own.device).sin().to(own)[None]
     try:
         keys, values = keys_and_values(site, torch.cat([own, other]))

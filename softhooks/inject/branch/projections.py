@@ -7,6 +7,7 @@ them need no special code. `projection_probe` checks the recorded keys and value
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -17,19 +18,30 @@ from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import Scaled, scale
 
 
-class _ProjectionPass(Pass):
-    """A pass that records the key and the value of one attention call, and returns zeros."""
+class _FoundError(Exception):
+    """Ends the forward of a module around an attention module, when the keys and values are found."""
 
-    def __init__(self, stack: Stack, scaled: Scaled) -> None:
+
+class _ProjectionPass(Pass):
+    """A pass that records the keys and the values of attention calls, and returns zeros.
+
+    Args:
+        last: the number of the attention call that ends the forward; None to let it run to its end.
+    """
+
+    def __init__(self, stack: Stack, scaled: Scaled, last: int | None) -> None:
         super().__init__(stack)
         self.has_begun = True  # only one module runs, not the stack
         self.scaled = scaled
-        self.found: tuple[Tensor, Tensor] | None = None
+        self.last = last
+        self.found: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record the key and the value, [N, Hk, 1, D]."""
+        """Record the keys and values, [N, Hk, 1, D]; there are more of them if attention to the encoder is merged in."""
         query, key, value = args[1:4]
-        self.found = key, value
+        self.found.append((key, value))
+        if self.last is not None and len(self.found) > self.last:
+            raise _FoundError
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
@@ -39,18 +51,19 @@ class _ProjectionPass(Pass):
 
 def keys_and_values(site: Site, rows: Tensor, scaled: Scaled | None = None) -> tuple[Tensor, Tensor]:
     """Compute a layer's keys and values for hidden states. [N, H] -> [N, Hk, Dk], [N, Hk, Dv]."""
-    call, module, stack = site.call, site.module, site.stack
+    call, stack = site.call, site.stack
     assert call is not None
+    module = call.module
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     rows = rows if weight is None or weight.is_meta else rows.to(weight)
     args, kwargs = call.arguments(rows)
-    forward_pass = _ProjectionPass(stack, scaled or {})
-    with stack.state.running(forward_pass):
+    # An exception ends the forward of a module around the attention module, so that no hook inside sees this call either.
+    forward_pass = _ProjectionPass(stack, scaled or {}, None if module is site.module else call.number)
+    with stack.state.running(forward_pass), suppress(_FoundError):
         # `forward` skips the module's hooks: a hook that collects attentions must not see this call.
         module.forward(*args, **kwargs)
-    assert forward_pass.found is not None
-    key, value = forward_pass.found
-    return key.squeeze(2), value.squeeze(2)
+    key, value = forward_pass.found[call.number]
+    return key[:, :, 0], value[:, :, 0]  # T5Gemma 2 appends those of the encoder states
 
 
 def require_call(site: Site) -> AttentionCall:
