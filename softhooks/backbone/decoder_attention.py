@@ -1,14 +1,13 @@
 """Let a gated branch enter decoders that compute attention inline, and that a prefix enters through their cache.
 
 The cache gets the keys and values, but a branch also needs the queries. GPT-J, GPT-Neo, CodeGen and GPT-NeoX-Japanese compute
-attention in a method `_attn`, which is wrapped. In the families of `decoder_families`, the forward of the attention module is
+attention in a method `_attn`, which is wrapped. In the families of `inline.decoders`, the forward of the attention module is
 replaced; `attach` compares the results of both. Attention over the text is computed by the same operations as without a prompt.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softhooks.backbone.decoder_families import InlineDecoder, family_of
 from softhooks.backbone.forward_pass import AttentionFunction
-from softhooks.backbone.probing import FORWARD_ERRORS, are_close, last_hidden_state
+from softhooks.backbone.inline.compare import agree, masked_inputs
+from softhooks.backbone.inline.decoders import DECODERS
+from softhooks.backbone.inline.rewritten_forward import argument_names, family_of, inline_forward
+from softhooks.backbone.probing import FORWARD_ERRORS, are_close
 from softhooks.backbone.stack import Site, Stack
 from softhooks.backbone.stack_state import RunningPass
 from softhooks.patching.patches import Patches
@@ -28,11 +29,6 @@ CurrentPass = Callable[[nn.Module], RunningPass | None]
 
 METHOD = "_attn"
 """The method that computes attention in some modules, from query, key, value and mask, with the output [B, Hq, T, D]."""
-
-
-def _run(family: InlineDecoder, module: nn.Module, args: Any, kwargs: dict[str, Any], attend: AttentionFunction) -> Any:
-    names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-    return family.forward(module, dict(zip(names, args, strict=False)) | kwargs, attend)
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -72,59 +68,57 @@ def _scaling(module: nn.Module, query: Tensor) -> float | None:
 def find_scalings(stack: Stack, inputs: dict[str, Any]) -> None:
     """Run a stack whose attention is found through its cache, and set `Site.scaling` where a gated branch can enter.
 
-    Raises:
-        RuntimeError, TypeError, ...: whatever the stack raises on these inputs.
+    Args:
+        inputs: `input_ids`, [1, T].
     """
-    agree: dict[nn.Module, list[float | None]] = {site.module: [] for site in stack.sites}
-
-    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found: list[float] = []
-
-        def attention(*parts: Any, **options: Any) -> Any:
-            found.append(options["scaling"])
-            return families[module].attention(*parts, **options)
-
-        try:
-            ours = last_hidden_state(_run(families[module], module, args, kwargs, attention))
-            agree[module].append(found[0] if are_close(ours, last_hidden_state(output)) else None)
-        except FORWARD_ERRORS:
-            agree[module].append(None)
-
-    def method(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Any:
-        agree[module].append(_scaling(module, query))
-        return getattr(type(module), METHOD)(module, query, key, value, mask)
-
-    families = {module: family for module in agree if (family := family_of(module)) is not None}
+    found: dict[nn.Module, set[float | None]] = {site.module: set() for site in stack.sites}
+    options = {"use_cache": False} if "use_cache" in stack.parameters else {}
     with Patches() as patches:
-        for module in agree:
-            if module in families:
+        for module, scalings in found.items():
+            if family_of(module, DECODERS) is not None:
+                compare = functools.partial(_compare, scalings)
                 patches.keep(module.register_forward_hook(compare, with_kwargs=True))
             elif hasattr(type(module), METHOD):
-                patches.set(module, METHOD, functools.partial(method, module))
-        stack.module(**inputs)
+                patches.set(module, METHOD, functools.partial(_measure, scalings, module))
+        for call in (inputs, masked_inputs(inputs)):
+            stack.module(**call, **options)
     for site in stack.sites:
-        found = agree[site.module]
-        site.scaling = found[0] if len(found) == 1 else None
+        site.scaling = next(iter(found[site.module])) if len(found[site.module]) == 1 else None
+
+
+def _compare(
+    scalings: set[float | None], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+) -> None:
+    """Compare the rewritten forward with the module's own, without and with dropout, and note the scaling."""
+    seen: list[float] = []
+
+    def attention(*parts: Any, function: AttentionFunction, **options: Any) -> Any:
+        seen.append(options["scaling"])
+        return function(*parts, **options)
+
+    call = dict(zip(argument_names(module), args, strict=False)) | kwargs
+    same = all(agree(module, call, training, attention) for training in (False, True))
+    scalings.add(seen[0] if same and len(seen) == 2 else None)
+
+
+def _measure(
+    scalings: set[float | None],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+) -> Any:
+    scalings.add(_scaling(module, query))
+    return getattr(type(module), METHOD)(module, query, key, value, attention_mask)
 
 
 def replace_attention(site: Site, current_pass: CurrentPass, patches: Patches) -> None:
     """Let the current pass compute the attention of a module for which `find_scalings` found the scaling."""
-    if family_of(site.module) is not None:
-        patches.set(site.module, "forward", functools.partial(_forward, site.module, site, current_pass))
+    if family_of(site.module, DECODERS) is not None:
+        patches.set(site.module, "forward", inline_forward(site, current_pass))
     else:
         patches.set(site.module, METHOD, functools.partial(_attn, site.module, site, current_pass))
-
-
-def _forward(module: nn.Module, site: Site, current_pass: CurrentPass, *args: Any, **kwargs: Any) -> Any:
-    current, family = current_pass(module), family_of(module)
-    if current is None or not current.enters(site):
-        return type(module).forward(module, *args, **kwargs)
-    assert family is not None
-
-    def attend(*parts: Any, **options: Any) -> Any:
-        return current.attend(site, family.attention, parts, options)
-
-    return _run(family, module, args, kwargs, attend)
 
 
 def _attn(

@@ -176,7 +176,7 @@ def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
         stack.sites.append(site)
     if stack.sites:
         stack.injection = "cache"
-        find_scalings(stack, {"input_ids": ids, **({"use_cache": False} if "use_cache" in stack.parameters else {})})
+        find_scalings(stack, {"input_ids": ids})
 
 
 @contextmanager

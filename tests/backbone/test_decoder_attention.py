@@ -115,9 +115,11 @@ def test_prefixes_still_enter_through_the_cache(arch: str) -> None:
         assert prompt.injection == "shared"
 
 
-@pytest.mark.parametrize(("arch", "name"), [("gptj", "_attn"), ("bloom", "forward")])
+@pytest.mark.parametrize(
+    ("arch", "name", "training"), [("gptj", "_attn", False), ("bloom", "forward", False), ("bloom", "forward", True)]
+)
 def test_a_module_that_computes_something_else_is_refused(
-    arch: str, name: str, monkeypatch: pytest.MonkeyPatch
+    arch: str, name: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(arch, {})
     kind = next(type(module) for module in model.modules() if type(module).__name__.endswith("Attention"))
@@ -125,7 +127,7 @@ def test_a_module_that_computes_something_else_is_refused(
 
     def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
         output, *rest = own(self, *args, **kwargs)
-        return output * 1.01, *rest
+        return (output * 1.01 if self.training == training else output), *rest
 
     changed.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
     monkeypatch.setattr(kind, name, changed)

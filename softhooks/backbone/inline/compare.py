@@ -52,8 +52,8 @@ def _run_both(
     more = [MORE_CALLS[family](call)] if family in MORE_CALLS else []
     if "output_attentions" in argument_names(module):
         more.append({**call, "output_attentions": True})
-    checks = [_agree(module, other, training, _attention) for other in (call, *more) for training in (False, True)]
-    if not all(checks) or not _agree(module, call, False, attention):
+    checks = [agree(module, other, training, _attention) for other in (call, *more) for training in (False, True)]
+    if not all(checks) or not agree(module, call, False, attention):
         differing.append(module)
     return type(module).forward(module, *args, **kwargs)
 
@@ -62,7 +62,7 @@ def _attention(*parts: Any, function: AttentionFunction = inline_attention, **op
     return function(*parts, **options)
 
 
-def _agree(module: nn.Module, call: dict[str, Any], training: bool, attention: AttentionFunction) -> bool:
+def agree(module: nn.Module, call: dict[str, Any], training: bool, attention: AttentionFunction) -> bool:
     """Whether both forwards return the same, with the same random numbers."""
     rewritten = rewritten_forward(module)
     with Patches() as patches, suppress(*FORWARD_ERRORS):

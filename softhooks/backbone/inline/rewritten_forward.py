@@ -11,6 +11,7 @@ from torch import nn
 
 from softhooks.backbone.forward_pass import AttentionFunction
 from softhooks.backbone.inline.attention_function import FamilyForward, inline_attention
+from softhooks.backbone.inline.decoders import DECODERS
 from softhooks.backbone.inline.families import FAMILIES
 from softhooks.backbone.stack import Site
 from softhooks.backbone.stack_state import RunningPass
@@ -24,15 +25,15 @@ _OTHER_STATES = ("encoder_hidden_states", "query_states", "kv")
 
 
 def rewritten_forward(module: nn.Module) -> RewrittenForward | None:
-    """Return the rewritten forward of an attention module, or None if it belongs to none of `FAMILIES`."""
-    family = family_of(module)
+    """Return the rewritten forward of an attention module, or None if it belongs to no family."""
+    family = family_of(module) or family_of(module, DECODERS)
     return None if family is None else functools.partial(_run, module, family, argument_names(module))
 
 
-def family_of(module: nn.Module) -> FamilyForward | None:
+def family_of(module: nn.Module, families: dict[tuple[str, str], FamilyForward] = FAMILIES) -> FamilyForward | None:
     """Return the forward of an attention module's family, or None if it has none."""
     keys = [(cls.__module__.rpartition(".")[2], cls.__name__) for cls in type(module).__mro__]
-    return next((FAMILIES[key] for key in keys if key in FAMILIES), None)
+    return next((families[key] for key in keys if key in families), None)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -1,36 +1,22 @@
-"""Decoders that compute attention in the forward of a module, and that a prefix enters through their cache.
+"""Attention as decoders compute it that a prefix enters through their cache: BLOOM, Falcon, MPT, TrOCR and XGLM.
 
-BLOOM, Falcon, MPT, TrOCR and XGLM do not use transformers' attention interface. The forward of each family does the same
-operations as the module's own, and calls an attention function, so that a gated branch can enter (`decoder_attention`).
+Only a gated branch enters these functions (`decoder_attention`). They do the same operations as the models, so that a closed gate
+changes no bit: ALiBi biases and masks differ too much to share `inline_attention`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.forward_pass import AttentionFunction
+from softhooks.backbone.inline.attention_function import FamilyForward
 from softhooks.compat.cache_argument import cache_in
-
-
-@dataclass(frozen=True)
-class InlineDecoder:
-    """How a family of decoders computes attention.
-
-    Attributes:
-        forward: computes the forward of an attention module from its arguments (by name) and an attention function.
-        attention: computes attention with the same operations as the family.
-    """
-
-    forward: Callable[[Any, dict[str, Any], AttentionFunction], Any]
-    attention: AttentionFunction
 
 
 def _updated(module: Any, call: dict[str, Any], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,12 +28,12 @@ def _updated(module: Any, call: dict[str, Any], key: Tensor, value: Tensor) -> t
     return updated
 
 
-def _bloom(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
+def bloom(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
+    """Compute the attention of BLOOM, and add the residual, as its attention module does."""
     query, key, value = module._reshape(module.query_key_value(call["hidden_states"]))
     key, value = _updated(module, call, key, value)
-    output, weights = attention(
-        module, query, key, value, call["attention_mask"], scaling=module.inv_norm_factor, position_bias=call["alibi"]
-    )
+    options = {"scaling": module.inv_norm_factor, "position_bias": call["alibi"], "function": _bloom_attention}
+    output, weights = attention(module, query, key, value, call["attention_mask"], **options)
     output = functional.dropout(module.dense(output.flatten(2)), p=module.hidden_dropout, training=module.training)
     return call["residual"] + output, weights
 
@@ -63,7 +49,8 @@ def _bloom_attention(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def _falcon(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
+def falcon(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
+    """Compute the attention of Falcon, with rotary positions or an ALiBi bias, by SDPA or written out."""
     states, alibi = call["hidden_states"], call["alibi"]
     query, key, value = (part.transpose(1, 2) for part in module._split_heads(module.query_key_value(states)))
     if alibi is None:
@@ -73,16 +60,8 @@ def _falcon(module: Any, call: dict[str, Any], attention: AttentionFunction) -> 
     key, value = _updated(module, call, key, value)
     # With SDPA, the model has added the ALiBi bias to the mask.
     sdpa = module.config._attn_implementation == "sdpa" and not call.get("output_attentions")
-    output, weights = attention(
-        module,
-        query,
-        key,
-        value,
-        call["attention_mask"],
-        scaling=module.inv_norm_factor,
-        position_bias=alibi,
-        sdpa=sdpa,
-    )
+    options = {"scaling": module.inv_norm_factor, "position_bias": alibi, "sdpa": sdpa, "function": _falcon_attention}
+    output, weights = attention(module, query, key, value, call["attention_mask"], **options)
     return module.dense(output.flatten(2)), weights
 
 
@@ -114,7 +93,8 @@ def _falcon_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
-def _mpt(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
+def mpt(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
+    """Compute the attention of MPT, whose bias may cover more keys than there are."""
     fused = module.Wqkv(call["hidden_states"])
     if module.clip_qkv:
         fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
@@ -124,9 +104,8 @@ def _mpt(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any
     bias = call["position_bias"]
     if bias is not None:
         bias = bias[..., max(0, bias.shape[-1] - key.shape[2]) :]
-    output, weights = attention(
-        module, query, key, value, call.get("attention_mask"), scaling=module.softmax_scale, position_bias=bias
-    )
+    options = {"scaling": module.softmax_scale, "position_bias": bias, "function": _mpt_attention}
+    output, weights = attention(module, query, key, value, call.get("attention_mask"), **options)
     return module.out_proj(output.flatten(2)), weights
 
 
@@ -148,14 +127,25 @@ def _mpt_attention(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def _xglm(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """Compute the self-attention of XGLM and TrOCR, which scale the query before the product."""
+def xglm(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
+    """Compute the self-attention of XGLM."""
+    return _bart(module, call, attention, _xglm_attention)
+
+
+def trocr(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
+    """Compute the self-attention of TrOCR, which returns attention weights only if they are asked for."""
+    output, weights = _bart(module, call, attention, functools.partial(_xglm_attention, lowest=False))
+    return output, weights if call.get("output_attentions") else None
+
+
+def _bart(module: Any, call: dict[str, Any], attention: AttentionFunction, function: AttentionFunction) -> Any:
+    """Compute self-attention that scales the query before the product."""
     states = call["hidden_states"]
-    query, key, value = (part(states) for part in (module.q_proj, module.k_proj, module.v_proj))
     shape = (*states.shape[:2], -1, module.head_dim)
-    query, key, value = ((part.view(shape).transpose(1, 2)) for part in (query * module.scaling, key, value))
+    parts = (module.q_proj(states) * module.scaling, module.k_proj(states), module.v_proj(states))
+    query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
     key, value = _updated(module, call, key, value)
-    output, weights = attention(module, query, key, value, call.get("attention_mask"), scaling=1.0)
+    output, weights = attention(module, query, key, value, call.get("attention_mask"), scaling=1.0, function=function)
     return module.out_proj(output.flatten(2)), weights
 
 
@@ -179,17 +169,11 @@ def _xglm_attention(
     return torch.matmul(dropped, value).transpose(1, 2), weights
 
 
-_FAMILIES = {
-    ("modeling_bloom", "BloomAttention"): InlineDecoder(_bloom, _bloom_attention),
-    ("modeling_falcon", "FalconAttention"): InlineDecoder(_falcon, _falcon_attention),
-    ("modeling_mpt", "MptAttention"): InlineDecoder(_mpt, _mpt_attention),
-    ("modeling_xglm", "XGLMAttention"): InlineDecoder(_xglm, _xglm_attention),
-    ("modeling_trocr", "TrOCRAttention"): InlineDecoder(_xglm, functools.partial(_xglm_attention, lowest=False)),
+DECODERS: dict[tuple[str, str], FamilyForward] = {
+    ("modeling_bloom", "BloomAttention"): bloom,
+    ("modeling_falcon", "FalconAttention"): falcon,
+    ("modeling_mpt", "MptAttention"): mpt,
+    ("modeling_xglm", "XGLMAttention"): xglm,
+    ("modeling_trocr", "TrOCRAttention"): trocr,
 }
-"""The families that compute attention in their forward, by the modeling file and the class of the attention module."""
-
-
-def family_of(module: nn.Module) -> InlineDecoder | None:
-    """Return how a module computes attention, or None if it belongs to no family in this file."""
-    keys = [(cls.__module__.rpartition(".")[2], cls.__name__) for cls in type(module).__mro__]
-    return next((_FAMILIES[key] for key in keys if key in _FAMILIES), None)
+"""The forward of each family, by the modeling file and the class of the attention module."""
