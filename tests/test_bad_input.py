@@ -57,8 +57,8 @@ def vit() -> Any:
     return tf.ViTModel(tf.ViTConfig(**small, image_size=8, patch_size=4)).eval()
 
 
-def squeezebert() -> Any:
-    return tf.SqueezeBertForMaskedLM(tf.SqueezeBertConfig(**zoo.SMALL, embedding_size=32)).eval()
+def fnet() -> Any:
+    return tf.FNetForMaskedLM(tf.FNetConfig(**zoo.SMALL)).eval()
 
 
 class Timeseries(nn.Module):
@@ -100,11 +100,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
         PromptMismatchError, r"\[num_virtual_tokens, size(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
     ),
     "a prefix where attention cannot be entered": (
-        squeezebert, lambda: PrefixTuning(3), {}, UnsupportedMethodError,
-        r"^SqueezeBert\w+ has no attention(.|\n)*attention interface nor a cache(.|\n)*PromptTuning",
+        fnet, lambda: PrefixTuning(3), {}, UnsupportedMethodError,
+        r"^FNet\w+ has no attention(.|\n)*attention interface nor a cache(.|\n)*PromptTuning",
     ),
     "a zero prefix where attention cannot be entered": (
-        squeezebert, lambda: PrefixTuning(3, init="zero"), {}, UnsupportedMethodError, "has no attention that a key-value",
+        fnet, lambda: PrefixTuning(3, init="zero"), {}, UnsupportedMethodError, "has no attention that a key-value",
     ),
     "a prompt behind the text of a language model": (
         llama, lambda: PromptTuning(3, placement="end"), {}, UnsupportedMethodError,

@@ -67,7 +67,16 @@ def find_positions(
         padding=padding if start and padding == start - 1 else None,
         limit=min(limits, default=None),
         trained=trained if isinstance(trained, int) else None,
+        for_each_row=start is not None and not _takes_one_row(probe, plain, counted + start),
     )
+
+
+def _takes_one_row(probe: _Probe, plain: _Forward, position_ids: Tensor) -> bool:
+    """Whether one row of `position_ids` can be passed for two rows of text."""
+    try:
+        return probe.run(position_ids, rows=2).states.shape[1:] == plain.states.shape[1:]
+    except FORWARD_ERRORS:
+        return False
 
 
 def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
@@ -129,13 +138,18 @@ class _Probe:
         return found
 
     def run(
-        self, position_ids: Tensor | None = None, table: PositionTable | None = None, ids: Tensor | None = None
+        self,
+        position_ids: Tensor | None = None,
+        table: PositionTable | None = None,
+        ids: Tensor | None = None,
+        rows: int = 1,
     ) -> _Forward:
         """Run the model once, with a fixed random seed, and return the observations.
 
         Args:
             position_ids: passed to the stack.
             table, ids: a position table, and the positions whose rows it must return, [T] or [B, T].
+            rows: the number of rows of text, if `ids` does not give it.
         """
         given: list[Any] = []
         tables: list[PositionTable] = []
@@ -150,7 +164,7 @@ class _Probe:
             patches.keep(self.module.register_forward_pre_hook(give, with_kwargs=True))
             if table is not None and ids is not None:
                 patches.keep(set_table_positions(table, ids))
-            self._run(len(ids) if ids is not None and ids.dim() == 2 else 1)
+            self._run(len(ids) if ids is not None and ids.dim() == 2 else rows)
         return _Forward(states[-1], given[-1], tables)
 
 

@@ -14,7 +14,7 @@ from softhooks.backbone.stack_state import StackState
 from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, UnsupportedModelError
 from softhooks.patching.patches import Patches
 
-FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
 """The errors that a model may raise in a forward that it does not support."""
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."

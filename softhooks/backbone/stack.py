@@ -121,6 +121,7 @@ class Positions:
 
     Attributes:
         takes_position_ids: whether the stack's forward accepts and uses `position_ids`.
+        for_each_row: whether `position_ids` must have as many rows as the batch (XLM).
         table: the stack's position table, if its forward uses no `position_ids` and the table can be made to return other rows.
         start: the position id of the first token (RoBERTa: padding_idx + 1; PaliGemma: 1).
         padding: the position id of padding, if padding has its own.
@@ -139,6 +140,7 @@ class Positions:
     trained: int | None
     rotary_limit: int | None = None
     has_warned: bool = False
+    for_each_row: bool = False
     dynamic_rope_length: int | None = None
 
     @property

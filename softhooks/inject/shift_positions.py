@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
+from softhooks.inject.text_positions import text_shape
 from softhooks.layout.layout import text_positions
 from softhooks.layout.slot_map import Widened
 
@@ -23,6 +24,8 @@ def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor) -> Tensor 
     """
     if not stack.positions.takes_position_ids:
         return None if stack.positions.table is None else ids
+    if stack.positions.for_each_row and ids.dim() == 2:
+        ids = ids.expand(text_shape(call)[0], -1)
     call["position_ids"] = ids
     return None
 

@@ -26,6 +26,7 @@ from softhooks.inject.prefix.request_prefixes import join_prefixes
 from softhooks.inject.shared_prompt import always_shared_error, reasons_against_sharing, slots_error
 from softhooks.inject.shift_positions import needs_position_ids, shift_positions
 from softhooks.inject.slots.cross_attention import CrossSlotPass
+from softhooks.inject.slots.refused_calls import has_positions_in_types, refuse_moved_indices
 from softhooks.inject.slots.slot_pass import FallbackPass, SlotPass
 from softhooks.inject.slots.slot_tables import Slots
 from softhooks.inject.text_positions import (
@@ -155,7 +156,10 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
     check_text_length(stack, call, before, outer=outer)
     positions: Tensor | None = None
     in_table: Tensor | None = None
-    if needs_position_ids(stack, shift):
+    if isinstance(shift, Tensor) or shift:
+        refuse_moved_indices(call, "a prefix with `shift_positions=True` changes these indices")
+    in_types = has_positions_in_types(call, padding_mask(call, outer), moved=isinstance(shift, Tensor) or shift != 0)
+    if needs_position_ids(stack, shift) and not in_types:
         positions = positions_in_text(stack, call, outer)
         in_table = shift_positions(stack, call, shift, positions, padding_mask(call, outer))
     opened: PrefixPass
@@ -193,6 +197,8 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
         branch.blank = blanks(mask, columns)
     by_caller = stack.positions.takes_position_ids and (outer is None or outer.positions is not None)
     if mask is None or not needs_position_ids(stack, 0) or (by_caller and call.get("position_ids") is not None):
+        return branch
+    if has_positions_in_types(call, mask):
         return branch
     positions = positions_in_text(stack, call, outer)
     if positions.dim() == 2:

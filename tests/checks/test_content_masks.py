@@ -43,14 +43,14 @@ def test_a_prefix_is_refused_where_masks_are_made_of_values(method: Any) -> None
     assert real_words.front_gap(model, zoo.text(1, 12), 4) < 1e-5  # what the message recommends
 
 
-def test_a_model_that_reads_keys_past_the_cache_of_an_encoder_decoder_is_refused() -> None:
-    """With a cache, BigBird uses its own text's keys as the encoder's."""
+def test_a_model_whose_self_attention_reads_an_encoders_states_is_refused() -> None:
+    """BigBird passes the encoder's states to its self-attention too."""
     config = tf.BigBirdConfig(**_SIZES, is_decoder=True, add_cross_attention=True, attention_type="original_full")
     model = tf.BigBirdForCausalLM(config).eval()
     ids, states = zoo.text(2, 5), torch.randn(2, 4, 32)
     with softhooks.attach(model, PrefixTuning(3)):
         model(ids)
-        with pytest.raises(softhooks.UnsupportedModeError, match="must get its keys from"):
+        with pytest.raises(softhooks.UnsupportedModeError, match="called with encoder or query states"):
             model(ids, encoder_hidden_states=states)
 
 

@@ -28,6 +28,7 @@ def inline_attention(
     position_bias: Tensor | None = None,
     softmax: Callable[[Tensor], Tensor] | None = None,
     dropout: Callable[[Tensor], Tensor] | None = None,
+    divisor: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention as the model families in this package do.
@@ -37,11 +38,12 @@ def inline_attention(
         position_bias: added to the scores, [1 or B, Hq, T, K].
         softmax: applied to the scores; None for the softmax over the keys.
         dropout: applied to the weights; None for `module.dropout`.
+        divisor: what the scores are divided by, 1 / `scaling`; None to multiply the keys by `scaling`, which rounds otherwise.
 
     Shape:
         query [B, Hq, T, D], key and value [B, Hq, K, D] -> [B, T, Hq, D] and the weights, [B, Hq, T, K].
     """
-    scores = attention_scores(module, query, key, attention_mask, scaling, position_bias)
+    scores = attention_scores(module, query, key, attention_mask, scaling, position_bias, divisor)
     weights = nn.functional.softmax(scores, dim=-1) if softmax is None else softmax(scores)
     weights = (module.dropout if dropout is None else dropout)(weights)
     if getattr(module, "head_weights_proj", None) is not None:
@@ -56,9 +58,13 @@ def attention_scores(
     attention_mask: Tensor | None,
     scaling: float,
     position_bias: Tensor | None = None,
+    divisor: float | None = None,
 ) -> Tensor:
     """Compute the scores of attention before the softmax, [B, Hq, T, K]; see `inline_attention`."""
-    scores = torch.matmul(query, (key * scaling).transpose(-1, -2))
+    if divisor is None:
+        scores = torch.matmul(query, (key * scaling).transpose(-1, -2))
+    else:
+        scores = torch.matmul(query, key.transpose(-1, -2)) / divisor
     if position_bias is not None:
         scores = scores + position_bias
     if getattr(module, "head_logits_proj", None) is not None:  # talking heads (DeBERTa)

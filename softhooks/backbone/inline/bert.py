@@ -22,8 +22,7 @@ def bert(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any
     if cache is not None:
         own = getattr(cache, "self_attention_cache", cache)
         key, value = own.update(key, value, module.layer_idx)
-    scaling = 1 / math.sqrt(module.attention_head_size)
-    output, weights = attention(module, query, key, value, call.get("attention_mask"), scaling=scaling, is_causal=False)
+    output, weights = attention(module, query, key, value, call.get("attention_mask"), **divided(module))
     return output.flatten(2), weights
 
 
@@ -52,3 +51,9 @@ def projected(module: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*states.shape[:-1], -1, module.attention_head_size)
     query, key, value = (part(states).view(shape).transpose(1, 2) for part in (module.query, module.key, module.value))
     return query, key, value
+
+
+def divided(module: Any) -> dict[str, Any]:
+    """Return the options of an attention that divides its scores by the root of the head size."""
+    root = math.sqrt(module.attention_head_size)
+    return {"scaling": 1 / root, "divisor": root, "is_causal": False}

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.forward_pass import AttentionFunction
-from softhooks.backbone.inline.bert import projected
+from softhooks.backbone.inline.bert import divided, projected
 
 
 def convbert(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
     """Compute the attention of ConvBERT; its convolution reads the text alone, without a prefix."""
     states = call["hidden_states"]
     query, key, value = projected(module, states)
-    scaling = 1 / math.sqrt(module.attention_head_size)
-    output, weights = attention(module, query, key, value, call.get("attention_mask"), scaling=scaling, is_causal=False)
+    output, weights = attention(module, query, key, value, call.get("attention_mask"), **divided(module))
     return torch.cat([output, _convolved(module, states, query)], 2).flatten(2), weights
 
 

@@ -17,8 +17,8 @@ def gpt(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
     seen = module.bias[:, :, : query.shape[2], : key.shape[2]]
     mask, given = _HIDDEN * (1 - seen), call.get("attention_mask")
     mask = mask.to(query.dtype) if given is None else mask + given
-    scaling = 1 / math.sqrt(value.shape[-1]) if module.scale else 1.0
-    options = {"scaling": scaling, "dropout": module.attn_dropout, "is_causal": False}
+    divisor = math.sqrt(value.shape[-1]) if module.scale else 1.0
+    options = {"scaling": 1 / divisor, "divisor": divisor, "dropout": module.attn_dropout, "is_causal": False}
     output, weights = attention(module, query, key, value, mask, **options)
     output = module.resid_dropout(module.c_proj(output.flatten(2)))
     return [output, weights] if call.get("output_attentions") else [output]

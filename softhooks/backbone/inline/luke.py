@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.forward_pass import AttentionFunction
+from softhooks.backbone.inline.bert import divided
 
 
 def luke(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
@@ -19,16 +20,16 @@ def luke(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any
     words, entities = call["word_hidden_states"], call.get("entity_hidden_states")
     states, size = (words if entities is None else torch.cat([words, entities], 1)), words.shape[1]
     key, value = (module.transpose_for_scores(part(states)) for part in (module.key, module.value))
-    scaling, bias = 1 / math.sqrt(module.attention_head_size), None
+    bias = None
     if entities is None or not module.use_entity_aware_attention:
         query = module.transpose_for_scores(module.query(states))
     else:
         query = _queries(module, words, entities, module.query, module.e2w_query)
         other = _queries(module, words, entities, module.w2e_query, module.e2e_query)
         # The scores of entities' keys are those of the other query.
-        bias = torch.matmul(other - query, key.transpose(-1, -2)) * scaling
+        bias = torch.matmul(other - query, key.transpose(-1, -2)) / math.sqrt(module.attention_head_size)
         bias = bias.masked_fill(torch.arange(key.shape[2], device=key.device) < size, 0)
-    options = {"scaling": scaling, "position_bias": bias, "is_causal": False}
+    options = {**divided(module), "position_bias": bias}
     output, weights = attention(module, query, key, value, call.get("attention_mask"), **options)
     output = output.flatten(2)
     outputs = output[:, :size], None if entities is None else output[:, size:]

@@ -119,12 +119,7 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
     for key, value in call.items():
         if not isinstance(value, Tensor) or key in known:
             continue
-        if key.endswith("_position_ids") and not key.startswith("decoder_"):
-            raise UnsupportedModeError(
-                f"the call has `{key}`, which refers to words by their indices; slots in the sequence change these indices.",
-                f"Leave `{key}` out, or disable the prompt for this call.",
-                argument=f"{key} {list(value.shape)}",
-            )
+        refuse_moved_indices({key: value}, "slots in the sequence change these indices")
         # An encoder's mask, [B, S], may happen to have T columns; with more dimensions it is a mask for each query.
         of_encoder = key == "encoder_attention_mask"
         per_token = value.dim() >= (3 if of_encoder else 2) and value.shape[:2] == (batch, columns)
@@ -139,19 +134,40 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
             )
 
 
-def has_positions_in_types(call: dict[str, Any], mask: Tensor) -> bool:
+def refuse_moved_indices(call: dict[str, Any], found: str) -> None:
+    """Refuse arguments that refer to words by their indices (Luke's `entity_position_ids`), if a prompt moves the words."""
+    for key, value in call.items():
+        if isinstance(value, Tensor) and key.endswith("_position_ids") and not key.startswith("decoder_"):
+            raise UnsupportedModeError(
+                f"the call has `{key}`, which refers to words by their indices; {found}.",
+                f"Leave `{key}` out, or disable the prompt for this call.",
+                argument=f"{key} {list(value.shape)}",
+            )
+
+
+def has_positions_in_types(call: dict[str, Any], mask: Tensor | None, moved: bool = False) -> bool:
     """Whether the model computes positions from token types, like TAPAS, which numbers the tokens within each table cell.
 
     Such a model also counts padding, so rows that start with padding are refused.
+
+    Args:
+        moved: whether a prefix shifts the text's positions; it cannot shift these.
     """
     types = call.get("token_type_ids")
     if not isinstance(types, Tensor) or types.dim() != 3 or call.get("position_ids") is not None:
         return False
-    if not bool(mask[:, 0].all()):
+    if mask is not None and not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
             f"{int((mask[:, 0] == 0).sum())} rows begin with padding; in a model that computes positions from token types, rows "
-            "with slots must begin with text.",
+            "with a prompt must begin with text.",
             "Pad on the right.",
+            token_type_ids=list(types.shape),
+        )
+    if moved:
+        raise UnsupportedModeError(
+            "the call has `token_type_ids` from which the model computes positions; a prefix with `shift_positions=True` cannot "
+            "shift these.",
+            "Use `shift_positions=False`.",
             token_type_ids=list(types.shape),
         )
     return True

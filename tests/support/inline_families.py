@@ -1,0 +1,53 @@
+"""Tiny models of the families that compute attention inline, with the weights of the survey's models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import zoo
+from torch import Tensor
+
+from softhooks.backbone.inline.rewritten_forward import family_of
+from tests.survey import models
+
+P, T = 4, 12
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+FULL = {"attention_type": "original_full"}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "big_bird": ("masked", FULL),
+    "bigbird_pegasus": ("seq2seq", FULL),
+    "convbert": ("masked", {}),
+    "flaubert": ("masked", {}),
+    "layoutlmv3": ("tokens", {}),
+    "lilt": ("tokens", {}),
+    "luke": ("masked", {}),
+    "mvp": ("seq2seq", {}),
+    "openai-gpt": ("causal", {}),
+    "squeezebert": ("masked", {}),
+    "tapas": ("masked", {}),
+    "xlm": ("masked", {}),
+}
+"""The task of each architecture's head, and changes of its config."""
+
+
+def build(arch: str, **changes: Any) -> Any:
+    task, own = FAMILIES[arch]
+    return models.build(arch, task, **own, **changes)
+
+
+def text(arch: str) -> dict[str, Tensor]:
+    call = {"input_ids": zoo.text(2, T)}
+    return {**call, "decoder_input_ids": zoo.text(2, 5, seed=1)} if FAMILIES[arch][0] == "seq2seq" else call
+
+
+def loud(prompt: Any) -> None:
+    prompt.encoder.eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in prompt.encoder.parameters():
+            parameter.normal_(std=0.5)
+
+
+def inline_modules(model: Any) -> list[Any]:
+    return [module for module in model.modules() if family_of(module) is not None]
