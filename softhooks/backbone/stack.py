@@ -14,9 +14,6 @@ Role = Literal["self", "cross"]
 StackName = Literal["text", "encoder", "decoder"]
 
 
-_ENCODED = "encoder_hidden_states"
-
-
 @dataclass(eq=False)
 class AttentionCall:
     """The arguments with which a module computes the keys and values of an attention layer, without positions or a mask.
@@ -28,6 +25,7 @@ class AttentionCall:
         query_heads: the number of query heads, Hq.
         args, kwargs: the arguments, with None in place of the hidden states.
         places: where the hidden states are passed: indices in `args` and names in `kwargs`. Usually this is one place.
+        by_row: whether the other arguments are repeated for each sequence; most modules broadcast them (not Qwen4-exp's indexer).
         axis: the dimension of the tokens in the hidden states, 1 in [B, T, H], and 2 in [B, H, T] (SqueezeBERT).
         failure: why the module cannot be called with these arguments; empty if it can.
     """
@@ -40,20 +38,28 @@ class AttentionCall:
     kwargs: dict[str, Any]
     places: list[int | str]
     axis: int = 1
+    by_row: bool = False
     failure: str = ""
 
     def arguments(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments with hidden states [N, H] inserted as N sequences of one token."""
         args = [_on_device_of(value, rows) for value in self.args]
         kwargs = {name: _on_device_of(value, rows) for name, value in self.kwargs.items()}
-        if isinstance(kwargs.get(_ENCODED), Tensor):  # merged with the text's states (T5Gemma 2)
-            kwargs[_ENCODED] = kwargs[_ENCODED].expand(len(rows), -1, -1)
+        if self.by_row:
+            args = [_expanded(value, len(rows)) for value in args]
+            kwargs = {name: _expanded(value, len(rows)) for name, value in kwargs.items()}
         for place in self.places:
             if isinstance(place, int):
                 args[place] = rows.unsqueeze(self.axis)
             else:
                 kwargs[place] = rows.unsqueeze(self.axis)
         return args, kwargs
+
+
+def _expanded(value: Any, count: int) -> Any:
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1:
+        return value.expand(count, *[-1] * (value.dim() - 1))
+    return tuple(_expanded(part, count) for part in value) if isinstance(value, tuple) else value
 
 
 def _on_device_of(value: Any, rows: Tensor) -> Any:

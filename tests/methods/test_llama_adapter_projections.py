@@ -53,13 +53,18 @@ def t5gemma2(model: Any, index: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     return own.k_norm(heads(own.k_proj(rows), own.head_dim)), heads(own.v_proj(rows), own.head_dim)
 
 
+def qwen4(model: Any, index: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    own = model.model.layers[1 + index].self_attn  # the first layer has linear attention
+    return own.k_norm(heads(own.k_proj(rows), own.head_dim)), heads(own.v_proj(rows), own.head_dim)
+
+
 @pytest.mark.parametrize(
     ("arch", "task", "project"),
     [
         ("ctrl", "causal", ctrl), ("mobilebert", "masked", mobilebert), ("diffllama", "causal", diffllama),
-        ("t5gemma2", "seq2seq", t5gemma2),
+        ("t5gemma2", "seq2seq", t5gemma2), ("qwen4_exp_text", "causal", qwen4),
     ],
-    ids=["ctrl", "mobilebert", "diffllama", "t5gemma2"],
+    ids=["ctrl", "mobilebert", "diffllama", "t5gemma2", "qwen4"],
 )  # fmt: skip
 def test_a_branch_against_the_layers_projections(arch: str, task: str, project: Any) -> None:
     model = models.build(arch, task).requires_grad_(False)

@@ -9,7 +9,7 @@ _ARCHITECTURES = {
         "afmoe arcee bamba bart bert big_bird biogpt bloom codegen cohere2 ctrl deepseek_v3 deepseek_v32 deepseek_v4 diffllama "
         "exaone4 falcon gemma2 gemma3_text gemma3n_text gemma4_text glm4 gpt2 gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj "
         "granitemoehybrid hrm_text inkling_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 "
-        "openai-gpt opt persimmon phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet zaya"
+        "openai-gpt opt persimmon phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet zaya qwen4_exp_text"
     ),
     "masked": (
         "albert bert big_bird camembert convbert deberta-v2 distilbert electra esm flaubert fnet ibert layoutlm luke mobilebert "

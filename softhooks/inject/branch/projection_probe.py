@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +122,8 @@ def _find_call(site: Site, seen: _Seen) -> AttentionCall:
     none, the result has the `failure` of the attention module.
     """
     calls = []
-    for module, args, kwargs in seen.around:
-        calls.append(_attention_call(site, seen, module, args, kwargs))
+    for (module, args, kwargs), by_row in itertools.product(seen.around, (False, True)):
+        calls.append(_attention_call(site, seen, module, args, kwargs, by_row))
         site.call = calls[-1]
         site.call.failure = _failure(site, site.call, seen, args, kwargs)
         if not site.call.failure:
@@ -131,22 +132,30 @@ def _find_call(site: Site, seen: _Seen) -> AttentionCall:
 
 
 def _attention_call(
-    site: Site, seen: _Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    site: Site, seen: _Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], by_row: bool
 ) -> AttentionCall:
-    """Turn a recorded call into arguments for other hidden states, without positions or a cache."""
+    """Turn a recorded call into arguments for other hidden states, without positions or a cache.
+
+    If they are repeated for each row, other states among them are set to 0, so that keys that need them (LiLT) show as wrong.
+    """
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     state, axis = next(((value, axis) for axis in (1, 2) for _, value in given if _is_state(value, axis)), (None, 1))
     # An attention module may get the same states as query, key and value (CTRL).
     places = [name for name, value in given if _is_state(value, axis) and _equal(value, state)]
+
+    def kept(value: Any) -> Any:
+        return torch.zeros_like(value) if by_row and _is_state(value, axis) else _nowhere(value)
+
     return AttentionCall(
         module=module,
         number=site.shared_sites.index(site) % max(len(site.shared_sites) // seen.calls, 1),
         width=0 if state is None else state.numel(),
         query_heads=seen.query.shape[1],
-        args=[None if number in places else _nowhere(value) for number, value in enumerate(args)],
-        kwargs={name: None if name in places else _nowhere(value) for name, value in kwargs.items()},
+        args=[None if number in places else kept(value) for number, value in enumerate(args)],
+        kwargs={name: None if name in places else kept(value) for name, value in kwargs.items()},
         places=places,
         axis=axis,
+        by_row=by_row,
     )
 
 
