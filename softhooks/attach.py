@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -57,6 +57,7 @@ def attach(
     freeze_dropout: bool = False,
     injection: Injection | None = None,
     train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
+    example: Mapping[str, Any] | None = None,
 ) -> SoftPrompt:
     """Attach a soft prompt to a model and freeze everything else.
 
@@ -76,6 +77,8 @@ def attach(
         train_added_tokens: train copies of the embeddings of added tokens, and save them with the prompt. Pass the token ids,
             the tokenizer to which tokens were added, or True for all tokens that `resize_token_embeddings` has added since the
             model was created or loaded. The model's own embeddings do not change.
+        example: a batch of the model's inputs, for a model that does not run on token ids alone. `attach` runs the model on a
+            few tokens with the batch's other inputs, such as bounding boxes or images.
 
     Returns:
         the prompt; as a context manager, it removes itself at the end of the `with` block.
@@ -94,6 +97,7 @@ def attach(
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=True,
+        example=example,
     )
 
 
@@ -109,6 +113,7 @@ def attach_prompt(
     freeze_dropout: bool,
     injection: Injection | None,
     frozen_record: bool,
+    example: Mapping[str, Any] | None = None,
 ) -> SoftPrompt:
     """Attach a new or stored prompt; see `attach`. If `frozen_record` is True, hash the frozen tensors for `verify_frozen`."""
     check_transformers()
@@ -117,7 +122,7 @@ def attach_prompt(
     refuse_peft_prompts(model)
     model = present.model if present else model  # prompts are attached to the model inside a wrapper
     with unpacked(model), _all_off(present):
-        structure = present.structure if present else examine(model)
+        structure = present.structure if present else examine(model, example)
         needs_ids = method.enters == "embeddings" and reads_ids(model, structure)
         source.check_fit(structure)
         check_length(structure, method)

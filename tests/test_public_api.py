@@ -131,7 +131,7 @@ Verbalizer(words, tokenizer=None, *, causal=False)
   .token(self, label)
 activate(model, name)
 attach(model, method, name='default', *, train_head=True, trainable=(), freeze_dropout=False, injection=None,
-        train_added_tokens=False)
+        train_added_tokens=False, example=None)
 disabled(model)
 kept(model)
 load(model, path, name='default', *, trainable=False, freeze_dropout=False, injection=None, revision=None, token=None,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.probe_inputs import as_choices, decoder_ids, ordinary_ids, probe_ids
+from softhooks.backbone.probe_inputs import ordinary_ids, probe_ids
 from softhooks.backbone.probing import eval_mode, probing, recorded_states, relative_difference
 from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.stack_state import StackState
@@ -40,11 +40,8 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
     ]
 
     def run(ids: Tensor) -> None:
-        given = ids if structure.choices is None else as_choices(ids, structure.choices)
-        more = {}
-        if structure.is_encoder_decoder:
-            more["decoder_input_ids"] = decoder_ids(texts[0]).expand(len(ids), -1)
-        model(input_ids=given, attention_mask=torch.ones_like(given), **more)
+        decoder = texts[0].roll(1, dims=-1).expand(len(ids), -1)
+        model(**structure.example.arguments(ids, torch.ones_like(ids), decoder))
 
     def differ(*forwards: Tensor) -> bool:
         first_embeddings: list[Tensor] = []  # of the first text, one per call to the embedding

@@ -8,36 +8,44 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.dependence import change_before, is_rounding
+from softhooks.backbone.example import Example, example_of
 from softhooks.backbone.find_attention import AttentionRecord, find_sites, recorded_attention
 from softhooks.backbone.find_positions import find_positions
 from softhooks.backbone.find_stack import ModuleCall, find_stack, record
 from softhooks.backbone.max_positions import dynamic_rope_length, rotary_limit
 from softhooks.backbone.own_state import changes_modules
-from softhooks.backbone.probe_inputs import CHOICES, as_choices, decoder_ids, probe_ids, probe_length
+from softhooks.backbone.probe_inputs import probe_ids, probe_length
 from softhooks.backbone.probing import INSIDE, eval_mode, float_dtype, probing
 from softhooks.backbone.stack import ModelStructure, Stack, StackName
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModelError
 
 
-def examine(model: nn.Module) -> ModelStructure:
-    """Find a model's stacks (text backbones) by running it on four tokens; raise an `UnsupportedModelError` if it has none."""
+def examine(model: nn.Module, batch: Mapping[str, Any] | None = None) -> ModelStructure:
+    """Find a model's stacks (text backbones) by running it on four tokens; raise an `UnsupportedModelError` if it has none.
+
+    Args:
+        batch: an example batch, for a model that does not run on token ids alone.
+    """
     vocabulary = _vocabulary(model)
     with eval_mode(model), probing(model):
         ids = probe_ids(model, vocabulary, columns=4)
-        runs = _run(model, ids)
+        runs = _run(model, ids, batch)
         stacks = [_stack(model, name, given, runs) for name, given in runs.ids.items()]
         is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
         find_sites(stacks, ids, runs.attention if is_run_once else None)
-        changes = changes_modules(model, runs.inputs, stacks)
-    return ModelStructure(stacks=stacks, vocabulary=vocabulary, choices=runs.choices, changes_modules=changes)
+        longer = runs.example.arguments(torch.cat([ids, ids[:, -1:]], -1))
+        changes = changes_modules(model, longer, stacks)
+    return ModelStructure(stacks=stacks, vocabulary=vocabulary, example=runs.example, changes_modules=changes)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -55,65 +63,91 @@ def _vocabulary(model: nn.Module) -> int:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+_CHOICES = 2
+
+
 @dataclass
 class _Runs:
     """The recorded probe forwards of a model.
 
     Attributes:
+        example: made the arguments of the forwards.
+        text: the ids that it made them from.
         ids: the ids that each stack receives.
-        inputs, calls, attention: the arguments, module calls and attention function calls in the first forward.
+        calls, attention: the module calls and attention function calls in the first forward.
         changed: for each stack, the module calls in another forward, in which only the stack's second id differs.
-        choices: the number of choices per row, if the model is a multiple-choice model.
     """
 
+    example: Example
+    text: Tensor
     ids: dict[StackName, Tensor]
-    inputs: dict[str, Tensor]
     calls: list[ModuleCall]
     attention: list[AttentionRecord]
     changed: dict[StackName, list[ModuleCall]] = field(default_factory=dict)
-    choices: int | None = None
+
+    def arguments(self, name: StackName, ids: Tensor) -> dict[str, Any]:
+        """Return the arguments of a forward in which a stack gets other ids, and the other stack the same as before."""
+        return _arguments(self.example, name, ids, self.text)
 
 
-def _run(model: nn.Module, ids: Tensor) -> _Runs:
+def _arguments(example: Example, name: str, ids: Tensor, text: Tensor) -> dict[str, Any]:
+    """Return the arguments of a forward in which one stack gets some ids, [B, T], and the other stack those of `text`."""
+    text = text.expand(len(ids), -1)
+    if name == "decoder":
+        return example.arguments(text, decoder=ids)
+    return example.arguments(ids, decoder=text.roll(1, dims=-1))
+
+
+def _run(model: nn.Module, ids: Tensor, batch: Mapping[str, Any] | None) -> _Runs:
     """Run a model on ids, and then once for each stack with a different second id for that stack."""
-    if _is_encoder_decoder(model):
-        inputs = {"input_ids": ids, "decoder_input_ids": decoder_ids(ids)}
-        stack_ids: dict[StackName, Tensor] = {"encoder": ids, "decoder": inputs["decoder_input_ids"]}
-        runs = _recorded(model, stack_ids, inputs)
-    else:
-        runs = _run_on_ids_alone(model, ids)
-    for name, argument in zip(runs.ids, runs.inputs, strict=True):
-        changed = runs.inputs[argument].clone()
-        own = runs.ids[name]
-        changed[..., 1] = own[0, 0] if own[0, 1] != own[0, 0] else own[0, 2]
-        runs.changed[name] = _recorded(model, {}, {**runs.inputs, argument: changed}).calls
+    runs = _first_run(model, ids, batch)
+    for name, own in runs.ids.items():
+        changed = own[:1].clone()
+        changed[:, 1] = own[0, 0] if own[0, 1] != own[0, 0] else own[0, 2]
+        runs.changed[name] = _recorded(model, runs.example, ids, runs.arguments(name, changed)).calls
     return runs
 
 
-def _run_on_ids_alone(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on one row of ids or, if that fails, on one row of two choices, [1, 2, T]."""
-    try:
-        return _recorded(model, {"text": ids}, {"input_ids": ids})
-    except UnsupportedModelError as error:
-        rows = as_choices(ids, CHOICES)
+def _first_run(model: nn.Module, ids: Tensor, batch: Mapping[str, Any] | None) -> _Runs:
+    """Run a model on ids alone or, if that fails, on two choices per row, [1, 2, T], or with the arguments of an example."""
+    pair = _is_encoder_decoder(model)
+    examples = [Example(is_encoder_decoder=pair)]
+    if not pair:
+        examples.append(Example(choices=_CHOICES))
+    for known in (batch, getattr(model, "dummy_inputs", None)):
+        made = example_of(known, ids.device) if isinstance(known, Mapping) else Example()
+        if made.others:
+            examples.append(replace(made, is_encoder_decoder=pair))
+    errors: list[UnsupportedModelError] = []
+    for example in examples:
         try:
-            runs = _recorded(model, {"text": rows.flatten(0, 1)}, {"input_ids": rows})
-        except UnsupportedModelError:
-            raise error from error.__cause__
-        runs.choices = CHOICES
-        return runs
+            return _recorded(model, example, ids, example.arguments(ids))
+        except UnsupportedModelError as error:
+            errors.append(error)
+    # The example's own failure says more than that of ids alone.
+    failed = errors[0] if batch is None else errors[-1]
+    raise failed from failed.__cause__
 
 
-def _recorded(model: nn.Module, ids: dict[StackName, Tensor], inputs: dict[str, Tensor]) -> _Runs:
+def _recorded(model: nn.Module, example: Example, ids: Tensor, arguments: dict[str, Any]) -> _Runs:
     try:
         with recorded_attention(model) as attention:
-            return _Runs(ids, inputs, record(model, inputs), attention)
+            calls = record(model, arguments)
     except Exception as error:
+        others = ", ".join(example.others)
         raise UnsupportedModelError(
-            f"{type(model).__name__} fails on token ids alone; a soft prompt can only be attached to a model that runs on them.",
-            INSIDE,
+            f"{type(model).__name__} fails on token ids {f'with {others} of the example' if others else 'alone'}; a soft prompt "
+            "can only be attached to a model that runs on them.",
+            INSIDE
+            if others
+            else f"{INSIDE} If the model needs other inputs too, pass a batch of them: `attach(..., example=batch)`.",
             cause=f"{type(error).__name__}: {error}",
         ) from error
+    rows = ids if example.choices is None else ids.repeat_interleave(example.choices, 0)
+    stacks: dict[StackName, Tensor] = {"text": rows}
+    if example.is_encoder_decoder:
+        stacks = {"encoder": ids, "decoder": arguments["decoder_input_ids"]}
+    return _Runs(example, ids, stacks, calls, attention)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
@@ -126,13 +160,14 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack:
-    call, lookup, is_causal = find_stack(model, name, ids, runs.inputs, runs.calls, runs.changed[name])
+    inputs = runs.example.arguments(runs.text)
+    call, lookup, is_causal = find_stack(model, name, ids, inputs, runs.calls, runs.changed[name])
     module = call.module
     parameters = inspect.signature(module.forward).parameters
     assert isinstance(lookup.output, Tensor)
 
     def run(rows: int) -> None:
-        model(**{key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in runs.inputs.items()})
+        model(**runs.example.arguments(runs.text.expand(rows, -1)))
 
     positions = find_positions(run, runs.calls, module, lookup.module, "position_ids" in parameters)
     positions.dynamic_rope_length, positions.rotary_limit = dynamic_rope_length(module), rotary_limit(module)
@@ -143,7 +178,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
         module=module,
         embedding=lookup.module,
         width=lookup.output.shape[-1],
-        causal=is_causal and _is_causal(model, module, ids, name, max_columns),
+        causal=is_causal and _is_causal(model, module, runs, name, max_columns),
         positions=positions,
         parameters=[key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD],
         pooled_module=_pooled(module, runs.calls),
@@ -159,33 +194,27 @@ def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
     return [call.module for call in calls[:pooler] if id(call.module) in children][-1]
 
 
-def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, max_columns: int | None) -> bool:
+def _is_causal(model: nn.Module, module: nn.Module, runs: _Runs, name: str, max_columns: int | None) -> bool:
     """Whether changing later tokens leaves earlier states unchanged, on a long input or, if the model fails on it, a short one.
 
     Args:
-        ids: the short input, on which the model is known to run.
+        runs: the runs on a short input.
         max_columns: the number of positions of the stack, or None if it is unknown.
     """
     columns, column = probe_length(module, max_columns)
     with suppress(Exception):
-        return _is_unchanged_before(column, columns, model, module, name, ids.device)
-    return _is_unchanged_before(1, ids.shape[1], model, module, name, ids.device)
+        return _is_unchanged_before(column, columns, model, module, name, runs.example)
+    return _is_unchanged_before(1, runs.text.shape[1], model, module, name, runs.example)
 
 
 def _is_unchanged_before(
-    column: int, columns: int, model: nn.Module, module: nn.Module, name: str, device: torch.device
+    column: int, columns: int, model: nn.Module, module: nn.Module, name: str, example: Example
 ) -> bool:
     text, other = (probe_ids(model, _vocabulary(model), columns, seed) for seed in (0, 1))
-    changed = torch.where(torch.arange(columns, device=device) >= column, other, text)
+    changed = torch.where(torch.arange(columns, device=text.device) >= column, other, text)
 
     def run(rows: Tensor) -> None:
-        constant = text.expand(len(rows), -1)
-        if name == "text":
-            model(input_ids=rows)
-        elif name == "encoder":
-            model(input_ids=rows, decoder_input_ids=decoder_ids(constant))
-        else:
-            model(input_ids=constant, decoder_input_ids=rows)
+        model(**_arguments(example, name, rows, text))
 
     def is_unchanged(*texts: Tensor) -> bool:
         forwards = [functools.partial(run, rows) for rows in texts]

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softhooks.backbone.stack import Stack
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def changes_modules(model: nn.Module, inputs: dict[str, Tensor], stacks: list[Stack]) -> bool:
+def changes_modules(model: nn.Module, longer: dict[str, Any], stacks: list[Stack]) -> bool:
     """Return whether forwards set attributes, parameters or buffers of modules.
 
     Some rotary embeddings (dynamic RoPE, LongRoPE) store the frequencies of the last text, some models the positions of images,
     and hooks of accelerate load the weights of a module for the time of its forward.
 
     Args:
-        inputs: the arguments of a probe forward that has already run, so that caches of the first forward are filled. A second
-            forward has one token more.
+        longer: the arguments of a forward with one token more than the probe forward that has already run, so that caches of the
+            first forward are filled.
         stacks: the model's stacks; dynamic RoPE changes only in texts that are longer than a probe.
     """
     if any(stack.positions.dynamic_rope_length is not None for stack in stacks):
         return True
     before = _state(model)
-    model(**{name: torch.cat([ids, ids[..., -1:]], -1) for name, ids in inputs.items()})
+    model(**longer)
     return any(
         name not in known or not (value is known[name] or (type(value) in _PLAIN and value == known[name]))
         for known, now in zip(before, _state(model), strict=True)

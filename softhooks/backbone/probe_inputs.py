@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from softhooks.backbone.stack import Stack
 from softhooks.compat.offload import device_of
 
-CHOICES = 2
-"""The number of choices per row in probe forwards of a multiple-choice model."""
-
 _MIN_COLUMNS = 24
 _MAX_DISTANCE = 128
 _DISTANCES = ("window", "chunk", "compress", "conv", "kernel", "topk", "block", "stride", "pool")
@@ -64,16 +61,6 @@ def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
 def text_config(config: Any) -> Any:
     """Return the text model's part of a config, or the whole config if it has no such part."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def decoder_ids(ids: Tensor) -> Tensor:
-    """Make decoder ids: the encoder ids in a different order, because some heads require the same number of ids for both."""
-    return ids.roll(1, dims=-1)
-
-
-def as_choices(ids: Tensor, choices: int) -> Tensor:
-    """Repeat each row as several choices. [B, T] -> [B, C, T]."""
-    return ids.unsqueeze(1).expand(-1, choices, -1).contiguous()
 
 
 # --- length -----------------------------------------------------------------------------------------------------------

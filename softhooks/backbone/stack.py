@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from softhooks.backbone.example import Example
 from softhooks.backbone.stack_state import StackState
 
 Role = Literal["self", "cross"]
@@ -208,13 +209,13 @@ class ModelStructure:
 
     Attributes:
         vocabulary: the number of rows of the input embedding.
-        choices: the number of choices per row in probe forwards of a multiple-choice model ([B, C, T]); otherwise None.
+        example: makes the arguments of probe forwards.
         changes_modules: whether forwards store state in the model's modules, so that threads must take turns.
     """
 
     stacks: list[Stack]
     vocabulary: int
-    choices: int | None = None
+    example: Example = field(default_factory=Example)
     changes_modules: bool = False
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.dependence import change_before, is_rounding
-from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids, probe_length
+from softhooks.backbone.probe_inputs import probe_ids, probe_length
 from softhooks.backbone.probing import eval_mode, float_dtype
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedMethodError
@@ -68,16 +68,15 @@ def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str
     mixed = torch.where(late, other, ids)
     if torch.equal(mixed, ids):
         return None
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra, **prompt.method.probe_arguments()}
-    if structure.choices is not None:
-        inputs["input_ids"], mixed = as_choices(ids, structure.choices), as_choices(mixed, structure.choices)
-        inputs["attention_mask"] = torch.ones_like(mixed)
-    if not structure.is_encoder_decoder:
-        return cut, inputs, {**inputs, "input_ids": mixed}
-    inputs["decoder_input_ids"] = decoder_ids(ids)
+    more = {**extra, **prompt.method.probe_arguments()}
+
+    def call(text: Tensor, decoder: Tensor) -> dict[str, Tensor]:
+        return {**structure.example.arguments(text, torch.ones_like(ids), decoder), **more}
+
     if number == 0:
-        return cut, inputs, {**inputs, "input_ids": mixed}
-    return cut, {**inputs, "decoder_input_ids": ids}, {**inputs, "decoder_input_ids": mixed}
+        decoder = ids.roll(1, dims=-1)
+        return cut, call(ids, decoder), call(mixed, decoder)
+    return cut, call(ids, ids), call(ids, mixed)
 
 
 def _max_positions(stack: Stack) -> int | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softhooks.backbone.attention_groups import require_sites
 from softhooks.backbone.heads import can_generate
-from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids
+from softhooks.backbone.probe_inputs import probe_ids
 from softhooks.checks.shared_exactness import shares_exactly
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import hook_linears, linears
@@ -21,11 +21,7 @@ def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
     """Return the arguments of a short forward pass: a few tokens, the layout's anchors, and what the method requires."""
     structure = prompt.prompted_model.structure
     ids, columns = prompt.layout.form.probe(probe_ids(prompt.model, structure.vocabulary, _PROBE_COLUMNS))
-    text = ids if structure.choices is None else as_choices(ids, structure.choices)
-    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **columns, **prompt.method.probe_arguments()}
-    if structure.is_encoder_decoder:
-        inputs["decoder_input_ids"] = decoder_ids(ids)
-    return inputs
+    return {**structure.example.arguments(ids, torch.ones_like(ids)), **columns, **prompt.method.probe_arguments()}
 
 
 def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:

@@ -74,10 +74,13 @@ def require_common_masks(prompt: SoftPrompt) -> None:
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
     """Run the model on an input without the prompt; if the model needs more than ids, run only the stack."""
     forward_pass, structure = _MaskPass(stack), prompt.prompted_model.structure
-    by_itself = structure.is_encoder_decoder or structure.choices is not None
+    by_itself = structure.is_encoder_decoder or structure.example.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)
     with stack.state.running(forward_pass):
-        (stack.module if by_itself else prompt.model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+        if by_itself:
+            stack.module(input_ids=ids, attention_mask=torch.ones_like(ids))
+        else:
+            prompt.model(**structure.example.arguments(ids, torch.ones_like(ids)))
     return forward_pass
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.probe_inputs import as_choices, probe_ids, probe_length
+from softhooks.backbone.probe_inputs import probe_ids, probe_length
 from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode, float_dtype, recorded_states, relative_difference
 from softhooks.backbone.stack import Stack
 from softhooks.errors import SoftHooksError
@@ -93,10 +93,7 @@ def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
     mask[1, max(columns - _PADDED, 1) :] = 0
     mask[2, : min(_PADDED, columns - 1)] = 0
     extra = {name: torch.cat([value] * 3) for name, value in prompt.method.probe_arguments().items()}
-    choices = prompt.prompted_model.structure.choices
-    if choices is not None:
-        ids, mask = as_choices(ids, choices), as_choices(mask, choices)
-    return {"input_ids": ids, "attention_mask": mask, **extra}
+    return {**prompt.prompted_model.structure.example.arguments(ids, mask), **extra}
 
 
 def _states(

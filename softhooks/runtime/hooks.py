@@ -59,7 +59,7 @@ class ModelHooks:
         if args:
             named = dict(zip(inspect.signature(prompted.model.forward).parameters, args, strict=False)) | kwargs
         call.model_arguments = {name: named.get(name) for name in OUTER_ARGUMENTS}
-        if prompted.structure.choices is not None:
+        if prompted.structure.example.choices is not None:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
         if prompted.is_in_use and encoded is not None and prompted.structure.is_encoder_decoder:
