@@ -1,18 +1,21 @@
 """Check during `attach` that attention masks do not depend on the content of the text.
 
-Doge computes its masks from attention values, and DeepSeek-V3.2 from selected keys.
+Doge computes its masks from attention values, and DeepSeek-V3.2 and Qwen4-exp from selected keys.
 """
 
 from __future__ import annotations
 
+import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
 from softhooks.backbone.probe_inputs import probe_ids, probe_length
-from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode
 from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedMethodError
 from softhooks.prompt import SoftPrompt
@@ -44,6 +47,33 @@ class _MaskPass(Pass):
         return attention(*args, **kwargs)
 
 
+class _Selections(TorchFunctionMode):
+    """Notes whether the best k of only k elements are selected, and selects one of them instead if `only_one` is set.
+
+    A model with sparse attention selects, for example, 2048 keys: all keys of a short text, whose masks therefore do not differ.
+    """
+
+    def __init__(self, only_one: bool) -> None:
+        super().__init__()
+        self.only_one = only_one
+        self.took_all = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **(kwargs or {}))
+        call = inspect.signature(_topk).bind(*args, **(kwargs or {}))
+        call.apply_defaults()
+        values, k, dim = (call.arguments[name] for name in ("input", "k", "dim"))
+        if k == values.shape[dim] > 1:
+            self.took_all = True
+            call.arguments["k"] = 1 if self.only_one else k
+        return func(*call.args, **call.kwargs)
+
+
+def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> None:  # noqa: A002
+    """Name the arguments of `torch.topk`."""
+
+
 def require_common_masks(prompt: SoftPrompt) -> None:
     """If the injection is "attention", check that two inputs get the same masks and that no gradient flows through a mask.
 
@@ -55,11 +85,11 @@ def require_common_masks(prompt: SoftPrompt) -> None:
     limits = [limit for limit in (stack.positions.limit, stack.positions.trained) if limit is not None]
     columns, _ = probe_length(stack.module, min(limits, default=None))
     with eval_mode(prompt.model), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
-        one, other = (_pass(prompt, stack, columns, seed) for seed in (0, 1))
-        depends = any(
-            not _are_equal(mask, other.masks[index]) or _is_computed_from(one.rows, mask)
-            for index, mask in one.masks.items()
-        )
+        with _Selections(only_one=False) as selections:
+            depends = _masks_depend(prompt, stack, columns)
+        if selections.took_all and not depends:
+            with suppress(*FORWARD_ERRORS), _Selections(only_one=True):
+                depends = _masks_depend(prompt, stack, columns)
     if depends:
         raise UnsupportedMethodError(
             f"the attention masks of {type(prompt.model).__name__} are computed from the text; a key-value prefix needs masks "
@@ -69,6 +99,14 @@ def require_common_masks(prompt: SoftPrompt) -> None:
             method=prompt.method.kind,
             because="the layers compute the masks from the keys or values of the text, and a prefix is not part of the text",
         )
+
+
+def _masks_depend(prompt: SoftPrompt, stack: Stack, columns: int) -> bool:
+    one, other = (_pass(prompt, stack, columns, seed) for seed in (0, 1))
+    return any(
+        not _are_equal(mask, other.masks.get(index)) or _is_computed_from(one.rows, mask)
+        for index, mask in one.masks.items()
+    )
 
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:

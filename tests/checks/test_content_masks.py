@@ -12,6 +12,7 @@ import zoo
 
 import softhooks
 from softhooks import Cartridge, ContextTuning, PrefixTuning, PTuningV2, UnsupportedMethodError
+from tests.survey import models
 
 _SIZES: dict[str, Any] = {
     "vocab_size": zoo.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -41,6 +42,23 @@ def test_a_prefix_is_refused_where_masks_are_made_of_values(method: Any) -> None
     with pytest.raises(UnsupportedMethodError, match="masks that do not depend on the text"):
         softhooks.attach(model, method)
     assert real_words.front_gap(model, zoo.text(1, 12), 4) < 1e-5  # what the message recommends
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"), [("deepseek_v32", {"index_topk": 2048}), ("deepseek_v32", {}), ("qwen4_exp_text", {})], ids=str
+)
+def test_a_prefix_is_refused_where_keys_are_selected_also_if_a_short_text_has_fewer(
+    arch: str, changes: dict[str, Any]
+) -> None:
+    model = models.build(arch, "causal", **changes)
+    with pytest.raises(UnsupportedMethodError, match="masks that do not depend on the text"):
+        softhooks.attach(model, PrefixTuning(3))
+
+
+def test_experts_may_be_selected() -> None:
+    model = models.build("mixtral", "causal", num_experts_per_tok=4)
+    assert model.config.num_local_experts == 4
+    softhooks.attach(model, PrefixTuning(3)).remove()
 
 
 def test_a_model_whose_self_attention_reads_an_encoders_states_is_refused() -> None:
