@@ -64,8 +64,9 @@ def main(
         complete = {arch: store.latest(Case(task.name, arch)) for arch in task.architectures}
         if any(case.task == task.name for case in cases) and all(map(_has_all_kinds, complete.values())):
             console.print(f"written: {write_task(task, complete, output)}")
-    if results := read_tasks(list(TASKS.values()), output):
-        console.print(f"report:  {write_report(results, output.parent / 'README.md')}")
+    results, found_with = read_tasks(list(TASKS.values()), output)
+    if results:
+        console.print(f"report:  {write_report(results, found_with, output.parent / 'README.md')}")
     if not _summarize(found):
         raise typer.Exit(1)
 

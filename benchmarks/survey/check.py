@@ -109,6 +109,7 @@ class Check:
         kinds: the kinds of prompts that have the property; all if empty.
         phase: run it on the prompt as attach made it (`fresh`), after its values were drawn anew (`attached`), or after it was
             removed or refused (`removed`).
+        asks_again: whether the bare model is asked again if the check fails: some keep state from earlier calls, prompted or not.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Check:
     prepare: Callable[[Bare], Any] = lambda bare: True
     kinds: tuple[str, ...] = ()
     phase: Literal["fresh", "attached", "removed"] = "attached"
+    asks_again: bool = True
 
     def facts(self, bare: Bare) -> Any:
         """Ask the bare model."""

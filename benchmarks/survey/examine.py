@@ -73,7 +73,8 @@ def _run(row: Row, subject: Subject, facts: Facts, phase: str) -> None:
             continue
         try:
             problems = _problems(check, subject, fact)
-            if problems and phase == "attached" and (now := _facts_now(check, subject)) != fact:
+            ask_again = problems and check.asks_again and phase == "attached"
+            if ask_again and (now := _facts_now(check, subject)) != fact:
                 problems = [] if now is None else _problems(check, subject, now)
         except UnsupportedModeError as error:
             row.unsupported[check.name] = one_line(error)
@@ -95,6 +96,6 @@ def _problems(check: Check, subject: Subject, fact: Any) -> list[str]:
 
 
 def _facts_now(check: Check, subject: Subject) -> Any:
-    """Ask the bare model again: some keep state from earlier calls (M-RoPE: the text's last positions), prompted or not."""
+    """Ask the bare model again."""
     with softhooks.disabled(subject.model):
         return check.facts(subject.bare)

@@ -97,9 +97,15 @@ def write_task(task: Task, found: dict[str, dict[str, Any]], directory: Path) ->
     return path
 
 
-def read_tasks(tasks: Sequence[Task], directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Read the results of tasks: the findings by task and architecture."""
-    paths = {task.name: directory / f"{task.name}.json" for task in tasks}
-    return {
-        name: json.loads(path.read_text(encoding="utf-8"))["models"] for name, path in paths.items() if path.exists()
-    }
+def read_tasks(tasks: Sequence[Task], directory: Path) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, str]]:
+    """Read the results of tasks. -> the findings by task and architecture, and the versions with which they were found"""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    used: dict[str, dict[str, None]] = {}
+    for task in tasks:
+        path = directory / f"{task.name}.json"
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            found[task.name] = stored["models"]
+            for name, value in stored["versions"].items():
+                used.setdefault(name, {})[value] = None
+    return found, {name: " and ".join(values) for name, values in used.items()}

@@ -73,5 +73,11 @@ def _checkpointing(subject: Subject, _: Any) -> Iterator[str]:
 
 CHECKS = (
     Check("gradients", "every part of the prompt has a gradient, and nothing of the base", _gradients),
-    Check("checkpointing", "activation checkpointing does not change the gradients", _checkpointing, _can_checkpoint),
+    Check(
+        "checkpointing",
+        "activation checkpointing does not change the gradients",
+        _checkpointing,
+        _can_checkpoint,
+        asks_again=False,  # a frozen model has no gradients
+    ),
 )

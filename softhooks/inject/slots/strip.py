@@ -32,7 +32,10 @@ def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor],
 
 
 def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
-    """Remove the slots from states [B, N, H], attentions [B, Hq, N, N], router logits [B * N, E], or a tuple of these."""
+    """Remove the slots from states [B, N, H] or [B, N, S, H], attentions [B, Hq, N, N], router logits [B * N, E], or a tuple.
+
+    DeepSeek-V4 has S streams of states.
+    """
     if isinstance(value, (tuple, list)):
         return type(value)(_strip(item, wide, states) for item in value)
     if not isinstance(value, Tensor):
@@ -42,8 +45,8 @@ def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any
         for dim in (2, 3):
             value = gather_columns(value, wide.text, dim) if value.shape[dim] == columns else value
         return value
-    if value.dim() == 3 and value.shape[1] == columns:
-        return states(value)
+    if value.dim() in (3, 4) and value.shape[1] == columns:
+        return states(value.flatten(2)).unflatten(2, value.shape[2:])
     if value.dim() == 2 and value.shape[0] == batch * columns:
         return wide.own_states(value.unflatten(0, (batch, columns))).flatten(0, 1)
     return value
