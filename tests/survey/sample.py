@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.survey.findings import Case
+from benchmarks.survey.case import Case
 
 _ARCHITECTURES = {
     "causal": (

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from tests.survey.findings import Case, Finding, examine
+from benchmarks.survey.case import Case, Row
+from benchmarks.survey.examine import examine
 from tests.survey.sample import REFUSED, SAMPLE
+
+KINDS = ("prompt", "prefix", "adapter", "slots")
+"""Slots at anchors enter as slots after the first token do; `make survey` tries both."""
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_each_kind_of_prompt_is_right_or_refused(case: Case) -> None:
     problems = {}
-    for kind, finding in examine(case).items():
+    for kind, row in examine(case, KINDS).items():
         expected = REFUSED.get(f"{case}: {kind}")
-        if not _is_as_expected(finding, expected):
-            problems[kind] = f"{finding} (expected: {'right' if expected is None else f'refused, {expected}'})"
+        if not _is_as_expected(row, expected):
+            problems[kind] = f"{row} (expected: {'right' if expected is None else f'refused, {expected}'})"
     assert not problems
 
 
-def _is_as_expected(finding: Finding, expected: str | None) -> bool:
+def _is_as_expected(row: Row, expected: str | None) -> bool:
     if expected is None:
-        return not finding.refusal and not finding.wrong
-    return expected in finding.refusal
+        return row.verdict == "right"
+    return row.verdict == "refused" and expected in row.refusal

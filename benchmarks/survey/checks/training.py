@@ -22,9 +22,10 @@ def _gradients(subject: Subject, _: Any) -> Iterator[str]:
     """A column of a prefix belongs to one number of one layer's keys or values: a layer that the prefix does not reach shows."""
     assert subject.prompt is not None
     _backward(subject.model, subject.example.call())
+    unread = _unread(subject)
     for name, parameter in subject.prompt.encoder.named_parameters():
         columns = 0 if parameter.grad is None else int(parameter.grad.flatten(0, -2).any(0).sum())
-        if columns < parameter.shape[-1]:
+        if columns < parameter.shape[-1] - unread:
             yield f"{name}: {columns} of {parameter.shape[-1]} columns have a gradient"
     for name, parameter in subject.prompt.named_parameters():
         if parameter.grad is None:
@@ -33,6 +34,13 @@ def _gradients(subject: Subject, _: Any) -> Iterator[str]:
         if parameter.grad is not None and not name.startswith("soft_prompt."):
             yield f"{name} of the base has a gradient"
     subject.model.zero_grad()
+
+
+def _unread(subject: Subject) -> int:
+    """The number of a prefix's columns that reach no output: LiLT's last layer computes layout states that nothing reads."""
+    ratio = getattr(subject.model.config, "channel_shrink_ratio", None)
+    is_written_out = subject.prompt is not None and subject.prompt.injection == "written_out"
+    return int(subject.model.config.hidden_size // ratio) if ratio is not None and is_written_out else 0
 
 
 def _trained(model: Any, call: dict[str, Any], checkpointing: bool) -> Tensor:

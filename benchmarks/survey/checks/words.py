@@ -47,6 +47,8 @@ def _is_apart(bare: Bare) -> bool:
     config = bare.model.config.get_text_config()
     if (
         hasattr(config, "relative_attention_num_buckets")
+        or getattr(config, "has_relative_attention_bias", False)
+        or hasattr(config, "conv_kernel_size")
         or getattr(config, "trigram_input", False)
         or bare.case.task == "qa"
     ):
