@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,15 +28,26 @@ def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor],
         return tuple(item if keep_last and i == 0 else _strip(item, wide, states) for i, item in enumerate(output))
     for key in _PER_COLUMN:
         if output.get(key) is not None and not (keep_last and key == "last_hidden_state"):
-            output[key] = _strip(output[key], wide, states)
+            strip = _strip_streams if key == "hidden_states" else _strip
+            output[key] = strip(output[key], wide, states)
     return output
 
 
-def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
-    """Remove the slots from states [B, N, H] or [B, N, S, H], attentions [B, Hq, N, N], router logits [B * N, E], or a tuple.
+def _strip_streams(layers: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
+    """Remove the slots from hidden states; those of S streams are [B, N, S, H] (DeepSeek-V4) or [S, B, N, H] (Gemma 3n)."""
 
-    DeepSeek-V4 has S streams of states.
-    """
+    def strip(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1:3] == (wide.text.shape[0], wide.columns):
+            return torch.stack([states(stream) for stream in value])
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == wide.columns:
+            return states(value.flatten(2)).unflatten(2, value.shape[2:])
+        return _strip(value, wide, states)
+
+    return tuple(map(strip, layers)) if isinstance(layers, (tuple, list)) else strip(layers)
+
+
+def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
+    """Remove the slots from states [B, N, H], attentions [B, Hq, N, N], router logits [B * N, E], or a tuple of these."""
     if isinstance(value, (tuple, list)):
         return type(value)(_strip(item, wide, states) for item in value)
     if not isinstance(value, Tensor):
@@ -45,8 +57,8 @@ def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any
         for dim in (2, 3):
             value = gather_columns(value, wide.text, dim) if value.shape[dim] == columns else value
         return value
-    if value.dim() in (3, 4) and value.shape[1] == columns:
-        return states(value.flatten(2)).unflatten(2, value.shape[2:])
+    if value.dim() == 3 and value.shape[1] == columns:
+        return states(value)
     if value.dim() == 2 and value.shape[0] == batch * columns:
         return wide.own_states(value.unflatten(0, (batch, columns))).flatten(0, 1)
     return value
