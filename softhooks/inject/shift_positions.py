@@ -108,7 +108,8 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
     first = offset.gather(-1, real.long().argmax(-1, keepdim=True).expand(*offset.shape[:-1], 1))
     # Positions that count up in steps of one, from any start, are recounted with the slots.
     if bool(((offset == first) | ~real).all()):
-        return own + first if bool(first.any()) or given.dim() > 2 else own
+        # Padding keeps its own: `generate` numbers RoBERTa's tokens from 0, less than padding's position.
+        return torch.where(wide_mask.bool(), own + first, own) if bool(first.any()) or given.dim() > 2 else own
     # Any other positions, such as an image's, are shifted as a whole if all slots are before the text.
     before = torch.where(wide.live, wide.slots, 0).amax(-1) < torch.where(real, wide.text, wide.columns).amin(-1)
     if given.dim() == 2 or not bool(before.all()):
