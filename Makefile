@@ -70,8 +70,8 @@ unit: $(INTEGRATED)  ## pytest
 properties: $(INTEGRATED)  ## the property-based tests, with many more examples
 	HYPOTHESIS_PROFILE=thorough $(call PYTEST,$(BIN)) -n 2 -m hypothesis $(PYTEST_ARGS)
 
-survey: $(INTEGRATED)  ## attach prompts to every architecture of transformers' Auto classes (SURVEY_ARGS="--tasks causal --only llama")
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(BIN)/python -m tests.survey $(SURVEY_ARGS)
+survey: $(INSTALLED)  ## attach prompts to every architecture of transformers' Auto classes, 30 minutes (SURVEY_ARGS="--tasks causal --only llama")
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.survey $(SURVEY_ARGS)
 
 kill-test: $(INSTALLED)  ## kill training runs of every method at 50 random moments, resume them, and compare the results bit by bit
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/support/kills.py --kills $(KILLS)

@@ -170,7 +170,7 @@ def test_every_refusal_of_the_sample_of_models_is_in_the_table_of_models() -> No
     sys.path.insert(0, str(ROOT))
     from tests.survey.sample import REFUSED
 
-    kinds = {"prompt": "every prompt", "prefix": "key-value prefixes", "adapter": "gated branches"}
+    kinds = {"prompt": "every prompt", "prefix": "key-value prefixes", "adapter": "gated branches", "slots": "slots"}
     rows = [line.split(" | ") for line in markdown.text_of("docs/models.md").splitlines() if line.startswith("| ")]
     named = {
         kind: " ".join(row[1] for row in rows if len(row) > 1 and words in row[0]) for kind, words in kinds.items()

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.survey.case import Case, Row
 from benchmarks.survey.examine import examine
-from tests.survey.sample import REFUSED, SAMPLE
+from tests.survey.sample import REFUSED, SAMPLE, WRONG
 
 KINDS = ("prompt", "prefix", "adapter", "slots")
 """Slots at anchors enter as slots after the first token do; `make survey` tries both."""
@@ -14,15 +14,14 @@ KINDS = ("prompt", "prefix", "adapter", "slots")
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_each_kind_of_prompt_is_right_or_refused(case: Case) -> None:
-    problems = {}
-    for kind, row in examine(case, KINDS).items():
-        expected = REFUSED.get(f"{case}: {'prompt' if kind == 'slots' else kind}")
-        if not _is_as_expected(row, expected):
-            problems[kind] = f"{row} (expected: {'right' if expected is None else f'refused, {expected}'})"
+    problems = {kind: str(row) for kind, row in examine(case, KINDS).items() if not _is_as_expected(case, kind, row)}
     assert not problems
 
 
-def _is_as_expected(row: Row, expected: str | None) -> bool:
-    if expected is None:
-        return row.verdict == "right"
-    return row.verdict == "refused" and expected in row.refusal
+def _is_as_expected(case: Case, kind: str, row: Row) -> bool:
+    """Whatever refuses a prompt before the text refuses slots in it."""
+    key = f"{case}: {kind}"
+    expected = REFUSED.get(key) or (REFUSED.get(f"{case}: prompt") if kind == "slots" else None)
+    if expected is not None:
+        return row.verdict == "refused" and expected in row.refusal
+    return not row.refusal and list(row.wrong) == ([WRONG[key]] if key in WRONG else [])

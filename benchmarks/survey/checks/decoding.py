@@ -62,7 +62,8 @@ def _padded(model: Any, text: Text, **options: Any) -> Tensor:
 
 
 def _can_generate(bare: Bare) -> Any:
-    if bare.case.task not in ("causal", "image_text", "seq2seq") or bare.case.brings or not bare.model.can_generate():
+    generates = bare.case.task in ("causal", "image_text", "seq2seq") and bare.model.can_generate()
+    if not generates or bare.case.brings or bare.selects_keys:
         return None
     alone = [_alone(bare.model, text) for text in bare.lengths]
     padded = [_padded(bare.model, text) for text in bare.lengths]
