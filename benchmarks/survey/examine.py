@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import softhooks
@@ -46,7 +47,10 @@ def _bare(case: Case) -> Bare:
         raise NotBuiltError(f"does not run by itself: {type(error).__name__}: {one_line(error)}") from error
     if not output.isfinite().all():
         raise NotBuiltError("does not run by itself: its output is not finite")
-    return Bare(case, TASKS[case.task], modality, model, example, output)
+    task = TASKS[case.task]
+    if task.output == "decoder" and not getattr(model.config, "is_encoder_decoder", False):
+        task = replace(task, output="tokens")  # speech models of one stack are listed as seq2seq
+    return Bare(case, task, modality, model, example, output)
 
 
 def _examine(bare: Bare, kind: Kind, facts: Facts) -> Row:

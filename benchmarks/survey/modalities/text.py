@@ -122,7 +122,7 @@ class TextModality(Modality):
         encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
         if hasattr(model.config, "question_token_id"):  # Splinter's head looks for it
             ids[:, 3] = model.config.question_token_id
-        if case.task == "seq2seq":
+        if case.task == "seq2seq" and encoder_decoder:
             per_row["decoder_input_ids"] = torch.randint(10, ANCHOR, (ROWS, 6), generator=generator)
         elif case.task == "sequence" and encoder_decoder:
             ids[:, -1] = model.config.eos_token_id  # which the head pools
