@@ -33,11 +33,14 @@ class WrittenSlots:
         places: the number of real tokens before each slot, which does not change if padding is added on either side.
         before: the index in the padded text at which each slot was inserted, [B, S].
         columns: the length of the forward's text, including padding.
+        first: the position id of each row's first token minus that of the model's first token, [B, 1]; None for 0. `generate`
+            numbers the tokens from 0, RoBERTa from 2.
     """
 
     places: Places
     before: Tensor
     columns: int
+    first: Tensor | None = None
 
     def places_in(self, batch: int) -> Places | None:
         """Return `places` for a batch that repeats every row the same number of times (beams, samples), or None for any other."""
@@ -46,6 +49,10 @@ class WrittenSlots:
             return None
         times = batch // rows
         return Places(self.places.offsets.repeat_interleave(times, 0), self.places.live.repeat_interleave(times, 0))
+
+    def first_in(self, batch: int) -> Tensor | int:
+        """Return `first` for a batch for which `places_in` returns places, [batch, 1]."""
+        return 0 if self.first is None else self.first.repeat_interleave(batch // self.before.shape[0], 0)
 
     def widened(self, batch: int) -> Widened | None:
         """Return the indices of text tokens and slots in the sequence with slots, or None if `places_in` returns None."""

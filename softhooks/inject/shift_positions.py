@@ -104,8 +104,7 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
     if given is None:
         return own
     real = mask.bool()
-    offset = given - text_positions(mask) - stack.positions.start
-    first = offset.gather(-1, real.long().argmax(-1, keepdim=True).expand(*offset.shape[:-1], 1))
+    offset, first = _offsets(stack, given, mask)
     # Positions that count up in steps of one, from any start, are recounted with the slots.
     if bool(((offset == first) | ~real).all()):
         # Padding keeps its own: `generate` numbers RoBERTa's tokens from 0, less than padding's position.
@@ -121,3 +120,22 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
         )
     moved = given + wide.live.sum(-1, keepdim=True)
     return own.expand(*given.shape[:-1], -1).scatter(-1, wide.text.expand_as(moved), moved)
+
+
+def first_offset(stack: Stack, given: Tensor | None, mask: Tensor) -> Tensor | None:
+    """Return how much the position id of each row's first real token exceeds the model's first position id, [B, 1].
+
+    Args:
+        given: the caller's position ids, [B or 1, T]; None, also for positions with several axes (M-RoPE), gives None.
+        mask: the mask of the text, [B, T].
+    """
+    if given is None or given.dim() != 2:
+        return None
+    first = _offsets(stack, given, mask)[1]
+    return first if bool(first.any()) else None
+
+
+def _offsets(stack: Stack, given: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare position ids with a count of the real tokens. -> the difference at each token, and at each row's first real one."""
+    offset = given - text_positions(mask) - stack.positions.start
+    return offset, offset.gather(-1, mask.long().argmax(-1, keepdim=True).expand(*offset.shape[:-1], 1))

@@ -19,7 +19,7 @@ from softhooks.errors import UnsupportedModeError
 from softhooks.inject.cache_notes import WrittenSlots, add_note, note_on
 from softhooks.inject.caches import cache_of, caches_in, is_filled, is_recurrent
 from softhooks.inject.checkpointing import CheckpointedPass
-from softhooks.inject.shift_positions import positions_of, set_position_ids, widened_positions
+from softhooks.inject.shift_positions import first_offset, positions_of, set_position_ids, widened_positions
 from softhooks.inject.slots.argument_values import fill
 from softhooks.inject.slots.refused_calls import (
     has_positions_in_types,
@@ -88,7 +88,8 @@ class SlotPass(Pass):
         mask = mask_of_text(call, self.outer, (self.batch, self.columns), self.device, self.stack.causal)
         positions = given_positions(self.stack, call, self.outer)
         places = self.slots.places(mask, call.get("input_ids"))
-        self._written = WrittenSlots(places, gaps(mask, places.offsets), self.columns)
+        first = first_offset(self.stack, positions, mask)
+        self._written = WrittenSlots(places, gaps(mask, places.offsets), self.columns, first)
         self.wide = self._widened(places, mask)
         self._mask = mask
         wide_mask = self.wide.spread_mask(mask)
@@ -163,9 +164,11 @@ class SlotPass(Pass):
         flat = padding_mask(call, self.outer)
         # The number of tokens by mask or positions must equal the number of cached tokens without slots plus the new tokens.
         seen = None if flat is None else flat.shape[-1]
-        if flat is None and positions is not None and positions.dim() == 2:
-            seen = int(positions.max()) + 1 - self.stack.positions.start
         places = None if written is None else written.places_in(self.batch)
+        by_position = flat is None and positions is not None and positions.dim() == 2
+        if by_position and written is not None and places is not None:
+            assert positions is not None
+            seen = int((positions - written.first_in(self.batch)).max()) + 1 - self.stack.positions.start
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
                 "the cache does not contain this text with its slots; with slots, a cache can only be used in the generation "
