@@ -106,6 +106,17 @@ def test_checkpointed_layers_and_generation(arch: str) -> None:
     assert torch.equal(model(**call).logits, bare)
 
 
+def test_unscaled_scores_do_not_overflow_in_half_precision() -> None:
+    model = build("gpt_neo", {}).half()
+    call, _ = batch()
+    with softhooks.attach(model, LlamaAdapter(K, gate="raw")) as prompt:
+        adapters.stir(prompt)
+        for name, parameter in prompt.encoder.named_parameters():
+            if name.endswith("prompts"):
+                parameter.data.mul_(2e4)
+        assert bool(model(**call).logits.isfinite().all())
+
+
 @pytest.mark.parametrize("arch", ["gptj", "bloom"])
 def test_prefixes_still_enter_through_the_cache(arch: str) -> None:
     model = build(arch, {})

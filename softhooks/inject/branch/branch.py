@@ -124,6 +124,8 @@ class BranchPass(CheckpointedPass):
     def _added(self, index: int, query: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Attend to the prompt. [B, Hq, T, D] -> [B, T, Hq, Dv]."""
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+        if query.dtype == torch.float16:  # in which unscaled scores (GPT-Neo) overflow
+            query = query.float()
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         pending = self.branch.pending.get(index)
         if pending is None:
