@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.text_positions import text_shape
+from softhooks.inject.text_positions import prepared_mask, text_shape
 from softhooks.layout.layout import text_positions
 from softhooks.layout.slot_map import Widened
 
@@ -59,7 +59,7 @@ def shift_positions(
     if where.padding is not None and mask is not None:
         ids = ids.masked_fill(mask[:, -ids.shape[-1] :] == 0, where.padding)
     if not where.takes_position_ids and where.table is not None:
-        if mask is None and isinstance(shift, int) and shift == 0:
+        if mask is None and isinstance(shift, int) and shift == 0 and prepared_mask(call) is None:
             return None  # the table's own positions are right
         if not where.table.by_row:
             ids = _common_positions(stack, ids, mask)

@@ -89,7 +89,22 @@ def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None)
 def positions_in_text(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor:
     """Return the text's positions, counted from 0 in each row or document, [B or 1, T], or [A, B, T] for M-RoPE's axes."""
     given = given_positions(stack, call, outer)
-    return counted_positions(call, outer) if given is None else given - stack.positions.start
+    if given is not None:
+        return given - stack.positions.start
+    seen = prepared_mask(call) if padding_mask(call, outer) is None else None
+    return counted_positions(call, outer) if seen is None else (seen.sum(-1) - 1).clamp_(min=0)
+
+
+def prepared_mask(call: dict[str, Any]) -> Tensor | None:
+    """Return the keys that each token sees in a call that continues a static cache, [B, T, K] bool, or None for other calls.
+
+    `generate` prepares such masks before the forward. In a causal model, a token's position is the number of keys that it sees
+    before itself.
+    """
+    mask, cache = call.get("attention_mask"), cache_in(call)
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or not getattr(cache, "is_compileable", False):
+        return None
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
 
 
 def counted_positions(call: dict[str, Any], outer: OuterCall | None) -> Tensor:

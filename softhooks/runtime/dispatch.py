@@ -38,6 +38,7 @@ from softhooks.inject.text_positions import (
     padding_mask,
     past_of,
     positions_in_text,
+    prepared_mask,
     text_shape,
 )
 from softhooks.runtime.selection import Selection
@@ -196,12 +197,14 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
     if branch.branch.scaled:
         branch.blank = blanks(mask, columns)
     by_caller = stack.positions.takes_position_ids and (outer is None or outer.positions is not None)
-    if mask is None or not needs_position_ids(stack, 0) or (by_caller and call.get("position_ids") is not None):
+    if mask is None and (prepared_mask(call) is None or call.get("position_ids") is not None):
+        return branch
+    if not needs_position_ids(stack, 0) or (by_caller and call.get("position_ids") is not None):
         return branch
     if has_positions_in_types(call, mask):
         return branch
     positions = positions_in_text(stack, call, outer)
-    if positions.dim() == 2:
+    if mask is not None and positions.dim() == 2:
         # Padding keeps the position ids that it has without a prompt.
         own = torch.arange(columns, device=mask.device) + past_of(call)
         positions = torch.where(mask[:, -columns:] == 0, own, positions)
