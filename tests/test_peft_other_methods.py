@@ -10,6 +10,7 @@ import contexts
 import naive
 import oracles
 import pytest
+import tiny_models as models
 import torch
 import zoo
 from torch import Tensor
@@ -17,7 +18,6 @@ from untouched import remove_all, untouched
 
 import softhooks
 from softhooks import LlamaAdapter, MultitaskPromptTuning, PTuning, PTuningV2, UnsupportedMethodError
-from tests.survey import models
 
 P, T, NEW = 4, 7, 6
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}

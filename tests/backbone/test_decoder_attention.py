@@ -9,6 +9,7 @@ from typing import Any
 import adapters
 import naive
 import pytest
+import tiny_models as models
 import torch
 from fixed_cache import added_branches
 from torch import Tensor
@@ -17,7 +18,6 @@ from untouched import remove_all
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, UnsupportedMethodError
 from softhooks.runtime.prompted_model import prompted_model_of
-from tests.survey import models
 
 K = 3
 CASES: list[tuple[str, dict[str, Any]]] = [

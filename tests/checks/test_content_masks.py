@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import real_words
+import tiny_models as models
 import torch
 import transformers as tf
 import zoo
 
 import softhooks
 from softhooks import Cartridge, ContextTuning, PrefixTuning, PTuningV2, UnsupportedMethodError
-from tests.survey import models
 
 _SIZES: dict[str, Any] = {
     "vocab_size": zoo.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

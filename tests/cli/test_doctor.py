@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models as models
 import torch
 import transformers as tf
 import zoo
@@ -26,7 +27,6 @@ from softhooks.analysis.tiny_config import VOCABULARY, tiny_like
 from softhooks.cli import app
 from softhooks.cli.doctor import show
 from softhooks.method import METHODS
-from tests.survey import models
 
 runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import naive
 import pytest
+import tiny_models as models
 import torch
+from inline_families import loud
 
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning
-from tests.survey import checks, models
 
 
 @pytest.mark.parametrize("method", [LlamaAdapter(3), PrefixTuning(3), PromptTuning(3)], ids=lambda method: method.kind)
@@ -27,7 +28,7 @@ def test_a_padded_row_generates_what_it_generates_alone(arch: str, method: Any) 
         "return_dict_in_generate": True,
     }
     with softhooks.attach(model, method) as prompt:
-        checks.loud(prompt)
+        loud(prompt)
         for cache in ("static", "dynamic"):
             together = model.generate(input_ids=ids, attention_mask=mask, cache_implementation=cache, **options)
             alone = model.generate(input_ids=ids[1:, 3:], cache_implementation=cache, **options)

@@ -8,13 +8,13 @@ from typing import Any
 import adapters
 import naive
 import pytest
+import tiny_models as models
 import torch
 import zoo
 from untouched import remove_all, same_bits
 
 import softhooks
 from softhooks import LlamaAdapter, OptionError, PrefixTuning, UnsupportedMethodError
-from tests.survey import models
 
 K = 3
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

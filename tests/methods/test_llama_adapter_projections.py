@@ -7,13 +7,13 @@ from typing import Any
 
 import adapters
 import pytest
+import tiny_models as models
 import torch
 from torch import Tensor
 from untouched import remove_all
 
 import softhooks
 from softhooks import LlamaAdapter
-from tests.survey import models
 
 K = 3
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import tiny_models as models
 import torch
 import zoo
 from torch import Tensor
 
 from softhooks.backbone.inline.rewritten_forward import family_of
-from tests.survey import models
 
 P, T = 4, 12
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
