@@ -15,10 +15,15 @@ from benchmarks.survey.modality import Task, without_dropout
 from softhooks.analysis.tiny_config import CHANGES, shrunk, widen
 
 
+_FULL = {"attention_type": "original_full"}
+FULL_ATTENTION = {"big_bird": _FULL, "bigbird_pegasus": _FULL}
+"""Attributes of configs with defaults that attach refuses."""
+
+
 @cache
 def _config(arch: str) -> Any:
     config_class = CONFIG_MAPPING[arch]
-    return config_class(**shrunk(config_class, **CHANGES.get(arch, {})))
+    return config_class(**shrunk(config_class, **CHANGES.get(arch, {}), **FULL_ATTENTION.get(arch, {})))
 
 
 def tiny_model(case: Case, task: Task) -> Any:

@@ -25,6 +25,7 @@ from softhooks.backbone.max_positions import dynamic_rope_length, rotary_limit
 from softhooks.backbone.own_state import changes_modules
 from softhooks.backbone.probe_inputs import probe_ids, probe_length
 from softhooks.backbone.probing import INSIDE, eval_mode, float_dtype, probing
+from softhooks.backbone.replaced_in_forward import kept_modules
 from softhooks.backbone.stack import ModelStructure, Stack, StackName
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModelError
@@ -39,7 +40,8 @@ def examine(model: nn.Module, batch: Mapping[str, Any] | None = None) -> ModelSt
     vocabulary = _vocabulary(model)
     with eval_mode(model), probing(model):
         ids = probe_ids(model, vocabulary, columns=4)
-        runs = _run(model, ids, batch)
+        with kept_modules(model):
+            runs = _run(model, ids, batch)
         stacks = [_stack(model, name, given, runs) for name, given in runs.ids.items()]
         is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
         find_sites(stacks, ids, runs.attention if is_run_once else None)

@@ -18,6 +18,8 @@ def lilt(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any
 
     Text and layout share the sum of their scores, so a key is that of the text and that of the layout together. So is a value.
     """
+    if call["layout_inputs"].shape[:2] != call["hidden_states"].shape[:2]:
+        raise ValueError("each token needs layout inputs")
     text, size = projected(module, call["hidden_states"]), module.attention_head_size
     small = size // module.channel_shrink_ratio
     parts = (module.layout_query, module.layout_key, module.layout_value)
