@@ -14,7 +14,6 @@ from benchmarks.survey.case import Case
 from benchmarks.survey.modality import Task, without_dropout
 from softhooks.analysis.tiny_config import CHANGES, shrunk, widen
 
-
 _FULL = {"attention_type": "original_full"}
 FULL_ATTENTION = {"big_bird": _FULL, "bigbird_pegasus": _FULL}
 """Attributes of configs with defaults that attach refuses."""
