@@ -15,7 +15,7 @@ from softhooks.backbone.dependence import reads_ids
 from softhooks.backbone.examine import examine
 
 
-@pytest.mark.parametrize(("arch", "head", "forwards"), [("llama", "causal", 7), ("bert", "sequence", 6)])
+@pytest.mark.parametrize(("arch", "head", "forwards"), [("llama", "causal", 8), ("bert", "sequence", 7)])
 def test_a_model_is_examined_in_few_forwards(arch: str, head: str, forwards: int) -> None:
     model = zoo.build(arch, head)
     stack = examine(model).entry.module
