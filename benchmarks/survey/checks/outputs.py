@@ -62,9 +62,7 @@ def _order(subject: Subject, _: Any) -> Iterator[str]:
 
 
 CHECKS = (
-    Check(
-        "effect", "the prompt changes the output; `softhooks.disabled` restores the bare model's", _effect
-    ),
+    Check("effect", "the prompt changes the output; `softhooks.disabled` restores the bare model's", _effect),
     Check("shapes", "logits and hidden states have the shapes of the bare model", _shapes, _expected_shapes),
     Check("row order", "the order of rows does not change a row's output", _order, _ignores_order),
 )
