@@ -51,7 +51,7 @@ class ExpandInputs(PromptedMethod):
     """The replacement for `_expand_inputs_for_generation`."""
 
     def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        """Store the length of the input and the number of beams or samples, and expand the inputs."""
+        """Store the length and the mask of the input, and the number of beams or samples; then expand the inputs."""
         generation = generation_of(self.prompted.model)
         if generation is not None:
             text = kwargs.get("input_ids")
@@ -59,6 +59,9 @@ class ExpandInputs(PromptedMethod):
                 text = kwargs.get("inputs_embeds")
             generation.prompt_columns = text.shape[1] if isinstance(text, Tensor) else None
             generation.repeats = expand_size
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                generation.mask = mask.repeat_interleave(expand_size, 0)
         elif self.prompted.is_in_use and (
             self.prompted.rows is not None
             or any(prompt.layout.form.searches for prompt in self.prompted.prompts.values())

@@ -5,10 +5,12 @@ A stack is the module that runs all layers on the text; an encoder-decoder has t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
@@ -18,13 +20,14 @@ from softhooks.inject.caches import cache_of
 from softhooks.inject.prefix.packed_documents import check_of_documents, document_numbers, require_masks
 from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.inject.reuse import scope_on
-from softhooks.inject.text_positions import OuterCall
+from softhooks.inject.text_positions import OuterCall, past_of, text_shape
 from softhooks.runtime.arguments import take
 from softhooks.runtime.dispatch import open_pass
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.running_call import Call
 from softhooks.runtime.selection import Selection
 from softhooks.runtime.servable import require_servable
+from softhooks.runtime.with_blocks import Block, generation_of
 
 
 def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
@@ -61,7 +64,8 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
     if prompted.freeze_dropout:
         _keep_dropout_off(prompted, stack)
     with scope_on(paged, prompted.model):
-        opened = _open_for_documents(stack, call, selection, _outer_call(forward, stack), columns)
+        outer = _with_text_mask(_outer_call(forward, stack), stack, call, generation_of(prompted.model))
+        opened = _open_for_documents(stack, call, selection, outer, columns)
         if paged is not None and selection.lengths is not None:
             require_unchanged(paged, {prompt: prompt.injected(stack) for prompt in selection.prompts})
         elif paged is not None:
@@ -106,3 +110,21 @@ def _outer_call(forward: Call, stack: Stack) -> OuterCall | None:
     return (
         None if given is None else OuterCall(given.get(f"{prefix}position_ids"), given.get(f"{prefix}attention_mask"))
     )
+
+
+def _with_text_mask(
+    outer: OuterCall | None, stack: Stack, call: dict[str, Any], generation: Block | None
+) -> OuterCall | None:
+    """Replace masks that `generate` has prepared for a static cache by the mask of its input, one value per token.
+
+    A prepared mask does not show all padding: that of a sliding layer hides everything before its window.
+    """
+    mask = None if generation is None else generation.mask
+    prepared = isinstance(outer.mask, dict) or getattr(outer.mask, "ndim", 2) == 4 if outer is not None else False
+    if mask is None or outer is None or not prepared or stack.name != "text":
+        return outer
+    batch, columns = text_shape(call)
+    if mask.shape[0] != batch:
+        return outer
+    total = int(past_of(call)) + columns
+    return replace(outer, mask=functional.pad(mask[:, :total], (0, max(total - mask.shape[1], 0)), value=1))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 _blocks: ContextVar[tuple[Block, ...]] = ContextVar("softhooks_blocks", default=())
 
@@ -30,6 +30,7 @@ class Block:
         generates: whether this is a call of `generate`.
         repeats: in `generate`, the number of beams or samples for each row.
         prompt_columns: in `generate`, the length of the input, including padding.
+        mask: in `generate`, the attention mask of the input, [B, T], with a row for each beam or sample; None if there is none.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Block:
     generates: bool = False
     repeats: int = 1
     prompt_columns: int | None = None
+    mask: Tensor | None = None
     _left: bool = field(default=False, init=False)
     _token: Token[tuple[Block, ...]] | None = field(default=None, init=False)
 
