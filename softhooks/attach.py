@@ -20,6 +20,7 @@ from softhooks.checks.attach_arguments import check_arguments, check_length, too
 from softhooks.checks.causality import check_causality
 from softhooks.checks.choose_injection import choose_injection, probe_inputs
 from softhooks.checks.content_masks import require_common_masks
+from softhooks.checks.example_batch import check_example
 from softhooks.checks.left_padding import takes_left_padding
 from softhooks.checks.reaches_output import prove_reach
 from softhooks.checks.remedies import names_tried_remedies
@@ -77,8 +78,8 @@ def attach(
         train_added_tokens: train copies of the embeddings of added tokens, and save them with the prompt. Pass the token ids,
             the tokenizer to which tokens were added, or True for all tokens that `resize_token_embeddings` has added since the
             model was created or loaded. The model's own embeddings do not change.
-        example: a batch of the model's inputs, for a model that does not run on token ids alone. `attach` runs the model on a
-            few tokens with the batch's other inputs, such as bounding boxes or images.
+        example: a batch of the model's inputs. `attach` checks that the model runs on it with the prompt. If the model does not
+            run on token ids alone, the other checks use the batch's other inputs too, such as bounding boxes or images.
 
     Returns:
         the prompt; as a context manager, it removes itself at the end of the `with` block.
@@ -141,6 +142,8 @@ def attach_prompt(
         _add(prompted, prompt, heads, freeze_dropout)
         with without_position_warning(structure):
             _check_attached(prompt, injection, source)
+            if example is not None:
+                check_example(prompt, example)
         sign_forward(prompted)
     except BaseException as error:
         detach(prompted, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
     strict: bool = True,
+    example: Mapping[str, Any] | None = None,
 ) -> SoftPrompt:
     """Load a saved prompt onto its base model and activate it.
 
@@ -49,7 +50,7 @@ def load(
         name: the name of the prompt on the model.
         trainable: keep the prompt trainable. Otherwise the prompt is frozen like the model, and `verify_frozen` is not
             available.
-        freeze_dropout, injection: as in `attach`.
+        freeze_dropout, injection, example: as in `attach`.
         revision, token: the revision of the Hub repository (a branch, a tag or a commit), and the access token. The attribute
             `loaded_from` of the returned prompt has the commit.
         strict: refuse a base model whose weights differ, except in precision, from those that the prompt was trained with. For
@@ -63,7 +64,14 @@ def load(
     require_model(model)
     stored = find(path, revision, token)
     return attach_found(
-        model, stored, name, trainable=trainable, freeze_dropout=freeze_dropout, injection=injection, strict=strict
+        model,
+        stored,
+        name,
+        trainable=trainable,
+        freeze_dropout=freeze_dropout,
+        injection=injection,
+        strict=strict,
+        example=example,
     )
 
 
@@ -88,6 +96,7 @@ def attach_stored(
     injection: Injection | None = None,
     strict: bool = True,
     parts: Sequence[StoredPrompt] = (),
+    example: Mapping[str, Any] | None = None,
 ) -> SoftPrompt:
     """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges that it consists of, if any."""
     method = method_of(stored)
@@ -99,6 +108,7 @@ def attach_stored(
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,
+        example=example,
     )
     prompt.heads.requires_grad_(trainable)
     if prompt.added is not None:

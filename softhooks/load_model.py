@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def load_model(
     revision: str | None = None,
     token: str | bool | None = None,
     strict: bool = True,
+    example: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Load a saved prompt and its base model, and return the model with the prompt active.
@@ -46,6 +48,7 @@ def load_model(
         revision: the revision of the prompt's Hub repository.
         token: the access token for both repositories.
         strict: refuse a base model that differs from the one that the prompt was trained with, as in `load`.
+        example: a batch of the model's inputs, as in `attach`.
         options: options of `from_pretrained` for the base model, such as `dtype`, `device_map` and `quantization_config`.
 
     Raises:
@@ -63,7 +66,7 @@ def load_model(
         )
     stored = find(path, revision, token)
     model = _load_base(stored, _base_of(stored) if base is None else str(base), base is None, token, options)
-    attach_found(model, stored, name, strict=strict)
+    attach_found(model, stored, name, strict=strict, example=example)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -34,6 +34,7 @@ def tune(
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
     train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
+    example: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[..., R]]:
     """Attach a prompt before each call to a function. After the call, check the frozen weights, save the prompt, and remove it.
 
@@ -45,7 +46,7 @@ def tune(
         save_to: the directory to save the prompt to, or None to save nothing.
         name: the name of the prompt on the model.
         model: the name of the function's parameter for the model, or None for the first argument that is a module.
-        train_head, trainable, freeze_dropout, train_added_tokens: as in `attach`.
+        train_head, trainable, freeze_dropout, train_added_tokens, example: as in `attach`.
 
     Raises:
         OptionError: a call has no model among its arguments, or the function is a coroutine or a generator.
@@ -69,6 +70,7 @@ def tune(
                 trainable=trainable,
                 freeze_dropout=freeze_dropout,
                 train_added_tokens=train_added_tokens,
+                example=example,
             )
             with prompt:
                 if takes_handle and HANDLE not in given:

@@ -117,7 +117,7 @@ SoftPrompt(prompted, name, method, module, conventions)
   .summary(self)
   .verify_frozen(self)
 SoftPromptCallback(method, *, name='default', train_head=True, trainable=(), freeze_dropout=False, injection=None,
-        check_frozen='save', model=None, train_added_tokens=False)
+        check_frozen='save', model=None, train_added_tokens=False, example=None)
 TaskSampler(tasks, batch_size, *, weights='size', seed=0)
 TrainerError(found, /, *remedy, **values)
 UnsupportedMethodError(found, /, *remedy, **values)
@@ -135,13 +135,14 @@ attach(model, method, name='default', *, train_head=True, trainable=(), freeze_d
 disabled(model)
 kept(model)
 load(model, path, name='default', *, trainable=False, freeze_dropout=False, injection=None, revision=None, token=None,
-        strict=True)
-load_model(path, *, base=None, name='default', revision=None, token=None, strict=True, **options)
+        strict=True, example=None)
+load_model(path, *, base=None, name='default', revision=None, token=None, strict=True, example=None,
+        **options)
 most_similar(prompts, to)
 nearest_words(prompt, tokenizer, count=5)
 rows(model, names)
 tune(method, *, save_to=None, name='default', model=None, train_head=True, trainable=(), freeze_dropout=False,
-        train_added_tokens=False)
+        train_added_tokens=False, example=None)
 [softhooks.integrations.accelerate]
 track(accelerator, prompt, *, check_frozen=True)
 [softhooks.integrations.axolotl]
@@ -181,13 +182,13 @@ ReportCallback()
 last_checkpoint(start=None)
 [softhooks.integrations.sentence_transformers]
 SentencePromptCallback(method, *, name='default', train_head=True, trainable=(), freeze_dropout=False, injection=None,
-        check_frozen='save', model=None, train_added_tokens=False)
+        check_frozen='save', model=None, train_added_tokens=False, example=None)
 attach(model, method, name='default', **options)
 load(folder, **options)
 load_prompt(model, path, name='default', **options)
 [softhooks.integrations.setfit]
 SetFitPromptCallback(method, *, name='default', train_head=True, trainable=(), freeze_dropout=False, injection=None,
-        check_frozen='save', model=None, train_added_tokens=False)
+        check_frozen='save', model=None, train_added_tokens=False, example=None)
 [softhooks.integrations.sglang]
 command(model, prompts)
 embeddings(model, text, tokenizer=None)

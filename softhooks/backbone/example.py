@@ -11,7 +11,8 @@ from torch import Tensor
 
 TEXT_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """Arguments that describe the text of a batch, which a probe forward replaces by its own text."""
-_LABELS = ("labels", "start_positions", "end_positions", "return_loss", "return_dict")
+LABELS = ("labels", "start_positions", "end_positions", "return_loss", "return_dict")
+"""Arguments that say what a forward returns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ def example_of(batch: Mapping[str, Any], device: torch.device) -> Example:
     others = {
         name: value[:1].to(device) if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
         for name, value in batch.items()
-        if name not in (*TEXT_ARGUMENTS, *_LABELS) and not name.startswith("decoder_") and value is not None
+        if name not in (*TEXT_ARGUMENTS, *LABELS) and not name.startswith("decoder_") and value is not None
     }
     has_mask = batch.get("attention_mask") is not None
     return Example(others=others, columns=0 if text is None else text.shape[1], has_mask=has_mask)

@@ -6,7 +6,7 @@ that checkpoints contain only the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,7 +62,7 @@ class SoftPromptCallback(PushedPrompt):
     Args:
         method: the method and its options, such as `PromptTuning(20)`.
         name: the name of the prompt.
-        train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
+        train_head, trainable, freeze_dropout, injection, train_added_tokens, example: as in `attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before each
             checkpoint is written; "log": also at each training log; False: never.
         model: the Trainer's model, only if it is quantized. The prompt is attached immediately, because the Trainer accepts a
@@ -90,6 +90,7 @@ class SoftPromptCallback(PushedPrompt):
         check_frozen: CheckFrozen = "save",
         model: nn.Module | None = None,
         train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
+        example: Mapping[str, Any] | None = None,
     ) -> None:
         self.method = method
         self.name = name
@@ -105,8 +106,8 @@ class SoftPromptCallback(PushedPrompt):
             "trainable": (trainable,) if isinstance(trainable, str) else tuple(trainable),
             "freeze_dropout": freeze_dropout,
             "train_added_tokens": train_added_tokens,
+            "example": example,
         }
-
         if model is not None:
             require_trainable(model)
             self.soft_prompt, _ = attach_or_continue(model, method, name, injection, self._options)

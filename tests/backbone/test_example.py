@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import softhooks
 from softhooks.backbone.example import Example, example_of
+from softhooks.runtime.prompted_model import prompted_model_of
 
 
 class BoxBert(BertForSequenceClassification):
@@ -43,6 +46,41 @@ def test_a_model_that_needs_boxes(model: BoxBert, method: softhooks.Method) -> N
     with softhooks.attach(model, method, example=batch()):
         assert not torch.equal(model(**given), before)
     assert torch.equal(model(**given), before)
+
+
+def test_every_way_of_use_takes_an_example(model: BoxBert, tmp_path: Path) -> None:
+    """The decorator, a Trainer's callback and `load` attach with the example; the loaded prompt computes the same."""
+    given = batch()
+    given.pop("labels")
+
+    @softhooks.tune(softhooks.PrefixTuning(4), save_to=tmp_path, example=given)
+    def tuned(model: BoxBert) -> Tensor:
+        return model(**given)
+
+    expected = tuned(model)
+    with softhooks.load(model, tmp_path, example=given):
+        assert torch.equal(model(**given), expected)
+    with pytest.raises(softhooks.UnsupportedModelError, match="example=batch"):
+        softhooks.load(model, tmp_path)
+    callback = softhooks.SoftPromptCallback(softhooks.PrefixTuning(4), example=given)
+    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[], disable_tqdm=True)
+    Trainer(model=model, args=arguments, train_dataset=[given], callbacks=[callback])
+    assert callback.soft_prompt is not None
+
+
+def test_the_example_itself_is_run_with_the_prompt() -> None:
+    """A model that runs on ids alone is still tried with the example, and left as it was if the prompt does not support it."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **size)).eval()
+    ids = torch.randint(5, 60, (2, 7))
+    every_pair = torch.ones(2, 7, 7, dtype=torch.long)  # a mask for each query, which says nothing about slots
+    assert model(input_ids=ids, attention_mask=every_pair).logits.shape == (2, 2)
+    with pytest.raises(softhooks.AttachError, match="mask"):
+        softhooks.attach(
+            model, softhooks.PromptTuning(4, init="random"), example={"input_ids": ids, "attention_mask": every_pair}
+        )
+    assert prompted_model_of(model) is None
+    softhooks.attach(model, softhooks.PromptTuning(4, init="random"), example={"input_ids": ids}).remove()
 
 
 def test_an_example_that_the_model_cannot_take(model: BoxBert) -> None:
