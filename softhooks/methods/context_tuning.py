@@ -58,7 +58,7 @@ class ContextTuning(PrefilledPrefix):
       hidden one. In evaluation, a row's own demonstration is hidden too, if the batch has `example_ids`.
     - `token_dropout`: during training, random virtual tokens are hidden from each row.
 
-    Start with AdamW and a learning rate of 1e-3. Tokenize rows without a BOS token if the demonstrations start with one.
+    Start with AdamW and a learning rate of 3e-2. Tokenize rows without a BOS token if the demonstrations start with one.
 
     Source: Lu et al. 2025, arXiv:2507.04221, the key-value variant (CT-KV). Differences: we add `instruction`, and support
     encoder-decoders, whose encoder and decoder both read the demonstrations.

@@ -108,7 +108,7 @@ class PTuning(Method):
     The LSTM reads the virtual tokens in the order of the layout, without the text. Only h is saved. Slots of the layout
     (places for virtual tokens) with the same name share their virtual tokens.
 
-    Start with AdamW and a learning rate of 1e-3, or 1e-2 with `encoder="none"`.
+    Start with AdamW and a learning rate of 1e-2, or 3e-2 with `encoder="none"`.
 
     Source: Liu et al. 2021, arXiv:2103.10385. Differences: virtual tokens can be initialized from words, by solving for the
     last layer's weights; with `encoder="none"` the embeddings are initialized from the vocabulary, as in prompt tuning.

@@ -18,7 +18,7 @@ class PTuningV2(KeyValuePrefix):
     The head may classify sequences or tokens, or extract spans; `attach` makes a copy of the head, which is trained with the
     prompt. Token labels and span positions refer to the text without the prompt.
 
-    Start with AdamW, a learning rate of 5e-3 (the paper uses 5e-3 to 6e-2) and 8 to 128 virtual tokens; hard tagging tasks need
+    Start with AdamW, a learning rate of 3e-2 (the paper uses 5e-3 to 6e-2) and 8 to 128 virtual tokens; hard tagging tasks need
     the most.
 
     Source: Liu et al. 2021, arXiv:2110.07602. Differences: dropout uses one mask for all rows of a batch, because the prefix is

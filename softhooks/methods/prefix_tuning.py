@@ -26,7 +26,7 @@ class PrefixTuning(KeyValuePrefix):
     An encoder-decoder gets three independent prefixes: in the encoder's self-attention, the decoder's self-attention, and
     cross-attention.
 
-    Start with AdamW and a learning rate of 5e-3 without the MLP, or 5e-4 with it (the paper uses 5e-5 with P = 10, m = 512 and
+    Start with AdamW and a learning rate of 3e-2 without the MLP, or 5e-4 with it (the paper uses 5e-5 with P = 10, m = 512 and
     many epochs).
 
     Source: Li & Liang 2021, arXiv:2101.00190. Differences: there is no MLP by default, because a prefix initialized from real

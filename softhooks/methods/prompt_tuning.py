@@ -30,7 +30,7 @@ class PromptTuning(Method):
 
     In an encoder-decoder, the prompt is added only to the encoder's input, as in the paper.
 
-    Start with AdamW and a learning rate of 1e-2, and try 1e-3 to 1e-1; the paper's 0.3 is for Adafactor with a constant schedule.
+    Start with AdamW and a learning rate of 3e-2, and try 1e-3 to 1e-1; the paper's 0.3 is for Adafactor with a constant schedule.
 
     Source: Lester et al. 2021, arXiv:2104.08691; `init="prompt"`: Vu et al. 2022 (SPoT), arXiv:2110.07904. Differences: P has no
     default; we add `whole_vocabulary`.

@@ -202,8 +202,8 @@ def warn_about_learning_rate(args: TrainingArguments, state: TrainerState, optim
     is_default = rate == type(args).__dataclass_fields__["learning_rate"].default
     if is_default and state.is_world_process_zero and not getattr(method, "projection", False):
         logger.warning(
-            "learning_rate=%s, the default of %s, hardly changes a soft prompt. Set it; start from 1e-2 for prompt tuning and "
-            "from 5e-3 for prefix tuning (the table of methods in the README has all methods).",
+            "learning_rate=%s, the default of %s, hardly changes a soft prompt. Set it; start from 3e-2 for prompt tuning and "
+            "prefix tuning (the table of methods in the README has all methods).",
             rate,
             type(args).__name__,
         )

@@ -380,9 +380,9 @@ def test_the_learning_rates_are_those_of_the_documentation() -> None:
         low, _, high = rates.split(";")[0].partition(" to ")
         assert float(low) <= LEARNING_RATES[kind] <= float(high or low)
     options = TrainOptions(Path(), "", Path())
-    assert learning_rate_of(options, softhooks.PrefixTuning(4)) == 5e-3
+    assert learning_rate_of(options, softhooks.PrefixTuning(4)) == 3e-2
     assert learning_rate_of(options, softhooks.PrefixTuning(4, projection=True)) == 5e-4
-    assert learning_rate_of(options, softhooks.PTuning(4, encoder="none")) == 1e-2
+    assert learning_rate_of(options, softhooks.PTuning(4, encoder="none")) == 3e-2
 
 
 def test_options_of_methods_may_stand_anywhere() -> None:
