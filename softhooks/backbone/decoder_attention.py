@@ -83,7 +83,7 @@ def find_scalings(stack: Stack, inputs: dict[str, Any]) -> None:
         for call in (inputs, masked_inputs(inputs)):
             stack.module(**call, **options)
     for site in stack.sites:
-        site.scaling = next(iter(found[site.module])) if len(found[site.module]) == 1 else None
+        site.scaling = next(iter(found[site.module]), None) if len(found[site.module]) == 1 else None
 
 
 def _compare(

@@ -132,6 +132,8 @@ class SlotPass(Pass):
         where = self.stack.positions
         if where.takes_position_ids or (where.table is not None and where.table.by_row):
             self.table_positions = set_position_ids(self.stack, call, ids)
+        elif call.get("position_ids") is not None:
+            call["position_ids"] = ids  # they change nothing that `attach` measured, but need a value for each slot
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """Whether a call to the embedding looks up token ids; GPT-2 and CTRL also look up token types in it."""
