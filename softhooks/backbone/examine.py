@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,16 +112,8 @@ def _run(model: nn.Module, ids: Tensor, batch: Mapping[str, Any] | None) -> _Run
 
 def _first_run(model: nn.Module, ids: Tensor, batch: Mapping[str, Any] | None) -> _Runs:
     """Run a model on ids alone or, if that fails, on two choices per row, [1, 2, T], or with the arguments of an example."""
-    pair = _is_encoder_decoder(model)
-    examples = [Example(is_encoder_decoder=pair)]
-    if not pair:
-        examples.append(Example(choices=_CHOICES))
-    for known in (batch, getattr(model, "dummy_inputs", None)):
-        made = example_of(known, ids.device) if isinstance(known, Mapping) else Example()
-        if made.others:
-            examples.append(replace(made, is_encoder_decoder=pair))
     errors: list[UnsupportedModelError] = []
-    for example in examples:
+    for example in _examples(model, ids.device, batch):
         try:
             return _recorded(model, example, ids, example.arguments(ids))
         except UnsupportedModelError as error:
@@ -131,18 +123,31 @@ def _first_run(model: nn.Module, ids: Tensor, batch: Mapping[str, Any] | None) -
     raise failed from failed.__cause__
 
 
+def _examples(model: nn.Module, device: torch.device, batch: Mapping[str, Any] | None) -> Iterator[Example]:
+    """Yield the ways to run a model: on ids alone, on several choices, on the user's batch, on transformers' dummy inputs."""
+    pair = _is_encoder_decoder(model)
+    yield Example(is_encoder_decoder=pair)
+    if not pair:
+        yield Example(choices=_CHOICES)
+    for known in (batch, getattr(model, "dummy_inputs", None)):
+        made = example_of(known, device) if isinstance(known, Mapping) else Example()
+        if made.others:
+            yield replace(made, is_encoder_decoder=pair)
+
+
 def _recorded(model: nn.Module, example: Example, ids: Tensor, arguments: dict[str, Any]) -> _Runs:
     try:
         with recorded_attention(model) as attention:
             calls = record(model, arguments)
     except Exception as error:
-        others = ", ".join(example.others)
+        found = f"{type(model).__name__} fails on token ids alone"
+        remedy = f"{INSIDE} If the model needs other inputs too, pass a batch of them: `attach(..., example=batch)`."
+        if example.others:
+            found = f"{type(model).__name__} fails on token ids with {', '.join(example.others)} of the example"
+            remedy = INSIDE
         raise UnsupportedModelError(
-            f"{type(model).__name__} fails on token ids {f'with {others} of the example' if others else 'alone'}; a soft prompt "
-            "can only be attached to a model that runs on them.",
-            INSIDE
-            if others
-            else f"{INSIDE} If the model needs other inputs too, pass a batch of them: `attach(..., example=batch)`.",
+            f"{found}; a soft prompt can only be attached to a model that runs on such inputs.",
+            remedy,
             cause=f"{type(error).__name__}: {error}",
         ) from error
     rows = ids if example.choices is None else ids.repeat_interleave(example.choices, 0)

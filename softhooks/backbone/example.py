@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 TEXT_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-"""Arguments that describe the text of a batch, which a probe forward replaces by its own text."""
+"""The arguments for the text of a batch; a probe forward passes a text of its own instead."""
 LABELS = ("labels", "start_positions", "end_positions", "return_loss", "return_dict")
 """Arguments that say what a forward returns."""
 
@@ -59,7 +59,8 @@ class Example:
         """Give an argument as many rows and, if it has a value for each token, as many columns as a text has."""
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
-        if value.dim() > 1 and value.shape[1] == self.columns:
+        # Values for tokens are integers, such as boxes; a dimension of pixels or sound may have the length of the text by chance.
+        if value.dim() > 1 and value.shape[1] == self.columns and not value.is_floating_point():
             index = torch.arange(columns, device=value.device).clamp(max=self.columns - 1)
             value = value.index_select(1, index)
         return value.repeat(batch, *[1] * (value.dim() - 1))

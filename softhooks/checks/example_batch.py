@@ -1,4 +1,4 @@
-"""Check during `attach` that the model runs on the user's example batch with the prompt."""
+"""Check during `attach` that the model, with the prompt, runs on the user's example batch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ LEARNING_RATES = {
     "context_tuning": 3e-2,
     "cartridge": 2e-2,
 }
-"""The learning rate of each kind of method, for AdamW: the best in `make quality`, where the method is compared there."""
+"""The learning rate of each kind of method, for AdamW; `docs/methods.md` tells where they come from."""
 
 _WITH_MLP = 5e-4  # a prefix that an MLP computes
 _WITHOUT_NETWORK = 3e-2  # P-tuning with encoder="none"

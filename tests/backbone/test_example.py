@@ -92,13 +92,14 @@ def test_an_example_that_the_model_cannot_take(model: BoxBert) -> None:
 
 def test_arguments_fit_the_text() -> None:
     """Per-token arguments get the text's columns, others only its rows; text and labels of the batch are left out."""
-    example = example_of(batch() | {"pixels": torch.ones(2, 3, 8), "scale": 2.0}, torch.device("cpu"))
+    pixels = torch.ones(2, 7, 8)  # with as many channels as the text has tokens
+    example = example_of(batch() | {"pixels": pixels, "scale": 2.0}, torch.device("cpu"))
     assert set(example.others) == {"bbox", "pixels", "scale"}
     for columns in (3, 12):
         made = example.arguments(torch.ones(5, columns, dtype=torch.long))
         assert made["bbox"].shape == (5, columns, 4)
         assert torch.equal(made["bbox"][3, -1], example.others["bbox"][0, min(columns, 7) - 1])
-        assert made["pixels"].shape == (5, 3, 8)
+        assert made["pixels"].shape == (5, 7, 8)
         assert made["scale"] == 2.0
 
 
