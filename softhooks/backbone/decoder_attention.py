@@ -1,8 +1,9 @@
-"""Let a gated branch enter decoders that compute attention inline, and that a prefix enters through their cache.
+"""Add gated branches to decoders that do not use transformers' attention interface.
 
-The cache gets the keys and values, but a branch also needs the queries. GPT-J, GPT-Neo, CodeGen and GPT-NeoX-Japanese compute
-attention in a method `_attn`, which is wrapped. In the families of `inline.decoders`, the forward of the attention module is
-replaced; `attach` compares the results of both. Attention over the text is computed by the same operations as without a prompt.
+Prefixes enter these decoders through the cache. It gets the keys and values, but a branch also needs the queries. GPT-J, GPT-Neo,
+CodeGen and GPT-NeoX-Japanese compute attention in a method `_attn`, which is wrapped. In the families of `inline.decoders`, the
+forward of the attention module is replaced; `attach` compares the results of both. Attention over the text is computed by the
+same operations as without a prompt.
 """
 
 from __future__ import annotations

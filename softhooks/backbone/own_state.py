@@ -18,8 +18,8 @@ def changes_modules(model: nn.Module, longer: dict[str, Any], stacks: list[Stack
     and hooks of accelerate load the weights of a module for the time of its forward.
 
     Args:
-        longer: the arguments of a forward with one token more than the probe forward that has already run, so that caches of the
-            first forward are filled.
+        longer: the arguments of a forward. It has one token more than the probe forward that has already run, and that has filled
+            what a model computes only once.
         stacks: the model's stacks; dynamic RoPE changes only in texts that are longer than a probe.
     """
     if any(stack.positions.dynamic_rope_length is not None for stack in stacks):

@@ -50,6 +50,6 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 def _remedy(model: nn.Module) -> str:
     path = next((path for path, part in model.named_modules() if hasattr(part, "set_attention_type")), None)
     if path is None:
-        return "Run the model once before you attach a prompt, so that its modules are replaced already."
+        return "Run the model once before you attach a prompt; the modules must be replaced before that."
     owner = f"model.{path}" if path else "model"
     return f"Call `{owner}.set_attention_type('original_full')` before you attach a prompt."

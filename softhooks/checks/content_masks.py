@@ -48,9 +48,10 @@ class _MaskPass(Pass):
 
 
 class _Selections(TorchFunctionMode):
-    """Notes whether the best k of only k elements are selected, and selects one of them instead if `only_one` is set.
+    """Notes whether `topk` is asked for all elements; with `only_one`, such a call returns one element instead.
 
-    A model with sparse attention selects, for example, 2048 keys: all keys of a short text, whose masks therefore do not differ.
+    A model with sparse attention selects, for example, the best 2048 keys. These are all keys of a short text, so the masks of
+    two short texts are equal, although masks depend on the text.
     """
 
     def __init__(self, only_one: bool) -> None:

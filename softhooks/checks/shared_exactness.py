@@ -128,6 +128,6 @@ def _states(
         with eval_mode(prompt.model), off, text_states as states:
             try:
                 (stack.module if alone else prompt.model)(**call)
-            except (SoftHooksError, AssertionError, *FORWARD_ERRORS):
+            except (SoftHooksError, *FORWARD_ERRORS):
                 return None
     return states[-1]

@@ -123,7 +123,7 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
 
 
 def first_offset(stack: Stack, given: Tensor | None, mask: Tensor) -> Tensor | None:
-    """Return how much the position id of each row's first real token exceeds the model's first position id, [B, 1].
+    """Return the position id of each row's first real token minus the model's first position id, [B, 1]; None if all are 0.
 
     Args:
         given: the caller's position ids, [B or 1, T]; None, also for positions with several axes (M-RoPE), gives None.

@@ -51,7 +51,7 @@ class ExpandInputs(PromptedMethod):
     """The replacement for `_expand_inputs_for_generation`."""
 
     def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        """Store the length and the mask of the input, and the number of beams or samples; then expand the inputs."""
+        """Store the length and the mask of the input and the number of beams or samples, then expand the inputs."""
         generation = generation_of(self.prompted.model)
         if generation is not None:
             text = kwargs.get("input_ids")

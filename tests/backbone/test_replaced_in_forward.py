@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_models as models
 import torch
 import zoo
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from untouched import untouched
 
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, UnsupportedModelError
-from tests.survey import models
 
 
 @pytest.mark.parametrize("method", [PromptTuning(3), PrefixTuning(3), LlamaAdapter(3)], ids=lambda method: method.kind)

@@ -81,9 +81,6 @@ _REASONS: list[tuple[str, str, str]] = [
 ]
 """Words of the sentence with which attach refuses, the kinds of prompt, and the cases."""
 
-WRONG: dict[str, str] = {}
-"""Checks that fail, by case and kind; whoever mends them removes them here."""
-
 REFUSED = {
     f"{case}: {kind}": words for words, kinds, cases in _REASONS for kind in kinds.split() for case in cases.split()
 }

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.survey.case import Case, Row
 from benchmarks.survey.examine import examine
-from tests.survey.sample import REFUSED, SAMPLE, WRONG
+from tests.survey.sample import REFUSED, SAMPLE
 
 KINDS = ("prompt", "prefix", "adapter", "slots")
 """Slots at anchors enter as slots after the first token do; `make survey` tries both."""
@@ -24,4 +24,4 @@ def _is_as_expected(case: Case, kind: str, row: Row) -> bool:
     expected = REFUSED.get(key) or (REFUSED.get(f"{case}: prompt") if kind == "slots" else None)
     if expected is not None:
         return row.verdict == "refused" and expected in row.refusal
-    return not row.refusal and list(row.wrong) == ([WRONG[key]] if key in WRONG else [])
+    return row.verdict == "right"

@@ -6,7 +6,7 @@ do not. The rewritten forward of a family replaces that of its attention modules
 
     attention_function   the attention that the rewritten forwards call
     bert, deberta, ...   the rewritten forwards, by family
-    families             which class has which
+    families             the rewritten forward of each class
     rewritten_forward    replaces the forward of a module
     compare              compares it with the module's own
 """

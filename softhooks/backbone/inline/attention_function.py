@@ -38,7 +38,7 @@ def inline_attention(
         position_bias: added to the scores, [1 or B, Hq, T, K].
         softmax: applied to the scores; None for the softmax over the keys.
         dropout: applied to the weights; None for `module.dropout`.
-        divisor: what the scores are divided by, 1 / `scaling`; None to multiply the keys by `scaling`, which rounds otherwise.
+        divisor: what the scores are divided by, 1 / `scaling`; None to multiply keys by `scaling` (rounds differently).
 
     Shape:
         query [B, Hq, T, D], key and value [B, Hq, K, D] -> [B, T, Hq, D] and the weights, [B, Hq, T, K].
@@ -60,7 +60,7 @@ def attention_scores(
     position_bias: Tensor | None = None,
     divisor: float | None = None,
 ) -> Tensor:
-    """Compute the scores of attention before the softmax, [B, Hq, T, K]; see `inline_attention`."""
+    """Compute the attention scores, before the softmax, [B, Hq, T, K]; the arguments are those of `inline_attention`."""
     if divisor is None:
         scores = torch.matmul(query, (key * scaling).transpose(-1, -2))
     else:

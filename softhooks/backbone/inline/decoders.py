@@ -1,7 +1,7 @@
-"""Attention as decoders compute it that a prefix enters through their cache: BLOOM, Falcon, MPT, TrOCR and XGLM.
+"""Attention as BLOOM, Falcon, MPT, TrOCR and XGLM compute it; these decoders do not use transformers' attention interface.
 
-Only a gated branch enters these functions (`decoder_attention`). They do the same operations as the models, so that a closed gate
-changes no bit: ALiBi biases and masks differ too much to share `inline_attention`.
+The functions are for gated branches only (`decoder_attention`), because prefixes enter through the cache. They do the same
+operations as the models, so that a closed gate changes no bit. The models' biases and masks differ too much for one function.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which class of attention module has which rewritten forward."""
+"""The rewritten forward of each class of attention module."""
 
 from __future__ import annotations
 

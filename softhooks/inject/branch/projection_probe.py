@@ -71,6 +71,7 @@ class _WatchPass(Pass):
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
+        self.around = _modules_around(stack)
         self.seen: dict[int, _Seen] = {}
         self.called: dict[nn.Module, list[tuple[Any, Any]]] = {}
 
@@ -82,7 +83,9 @@ class _WatchPass(Pass):
         """Record a call to the attention function."""
         output = attention(*args, **kwargs)
         if site.role == "self":
-            around = [(module, *self.called[module][-1]) for module in _modules_around(site) if module in self.called]
+            around = [
+                (module, *self.called[module][-1]) for module in self.around[site.module] if module in self.called
+            ]
             query, key, value = args[1:4]
             self.seen[site.index] = _Seen(around, query, key, value, output[0])
         return output
@@ -95,7 +98,7 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
         inputs["encoder_hidden_states"] = encoded
     forward_pass = _WatchPass(stack)
     with eval_mode(stack.module), marked_sites(stack), Patches() as hooks:
-        for module in dict.fromkeys(module for site in stack.sites_of("self") for module in _modules_around(site)):
+        for module in {part: None for parts in forward_pass.around.values() for part in parts}:
             hooks.keep(module.register_forward_pre_hook(forward_pass.note, with_kwargs=True))
         with stack.state.running(forward_pass):
             stack.module(**inputs)
@@ -108,11 +111,16 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
     return torch.tensor([[min(_PROBE_ID, vocabulary - 1)]], device=device_of(stack.embedding))
 
 
-def _modules_around(site: Site) -> list[nn.Module]:
-    """Return a site's attention module and the modules around it, without the stack, from the inside out."""
-    names = {id(module): name for name, module in site.stack.module.named_modules()}
-    parts = names[id(site.module)].split(".")
-    return [site.stack.module.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1)]
+def _modules_around(stack: Stack) -> dict[nn.Module, list[nn.Module]]:
+    """For each self-attention module, return it and the modules that contain it, the innermost first, without the stack."""
+    paths = {module: path.split(".") for path, module in stack.module.named_modules()}
+    return {
+        site.module: [
+            stack.module.get_submodule(".".join(paths[site.module][:count]))
+            for count in range(len(paths[site.module]), 0, -1)
+        ]
+        for site in stack.sites_of("self")
+    }
 
 
 def _find_call(site: Site, seen: _Seen) -> AttentionCall:

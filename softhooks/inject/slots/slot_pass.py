@@ -167,10 +167,9 @@ class SlotPass(Pass):
         # The number of tokens by mask or positions must equal the number of cached tokens without slots plus the new tokens.
         seen = None if flat is None else flat.shape[-1]
         places = None if written is None else written.places_in(self.batch)
-        by_position = flat is None and positions is not None and positions.dim() == 2
-        if by_position and written is not None and places is not None:
-            assert positions is not None
-            seen = int((positions - written.first_in(self.batch)).max()) + 1 - self.stack.positions.start
+        if flat is None and positions is not None and positions.dim() == 2:
+            first = 0 if written is None or places is None else written.first_in(self.batch)
+            seen = int((positions - first).max()) + 1 - self.stack.positions.start
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
                 "the cache does not contain this text with its slots; with slots, a cache can only be used in the generation "
