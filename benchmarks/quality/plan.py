@@ -25,7 +25,7 @@ CORE = ("head", "full", "lora", "prompt_tuning", "peft_prompt_tuning", "prefix_t
 
 The others are tuned only with `SEARCH_SHOTS` rows of each class of the other tasks: all runs together take hours.
 """
-LARGE = ("long_prefix_tuning", "llama_adapter_v2")
+LARGE = ("long_prefix_tuning", "llama_adapter_v2", "context_tuning")
 """Methods with more parameters than the others, as LoRA has; they are tested on all tasks of the language model."""
 
 EXAMPLES, GENERATED_EXAMPLES = (1, 2, None), (1, 3, 8)
