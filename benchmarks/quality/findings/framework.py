@@ -126,10 +126,8 @@ def arm(
     Args:
         rate: the entry in `RATES`, if it is not that of the contestant. Without steps, there is no learning rate.
         task: the name of the task.
-        options: the options of the run. There must be some, so that no run of a finding is one of the main comparison.
+        options: the options of the run; without any, the runs are those of the main comparison, and are not repeated.
     """
-    if not options:
-        raise ValueError(f"the setting {label!r} has no options; give at least one, such as num_virtual_tokens.")
     learning_rate = RATES[model, rate or contestant] if steps else 0.0
     return Arm(
         label,

@@ -1,7 +1,7 @@
 """Prompt tuning: the number of virtual tokens, and their initial values.
 
-For `init="text"`, the runner passes the task's instruction as `init_text`; for `init="class_labels"`, the task's labels as
-`init_labels`.
+For `init="class_labels"`, the runner passes the task's labels as `init_labels`. The contestant of the main comparison starts as
+the task's instruction.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from benchmarks.quality.findings.settings import LENGTH
 from benchmarks.quality.models import SMOLLM2
 
 PAPER = "Lester et al. 2021, arXiv:2104.08691"
-INITS = {"random": "random numbers", "vocab": "words", "text": "the instruction", "class_labels": "class labels"}
+INITS = {"random": "random numbers", "vocab": "words", "class_labels": "class labels"}
 
 _LENGTHS = {
     length: arm(
@@ -26,7 +26,7 @@ _LENGTHS = {
 _INITS = {
     init: arm(f"initialized from {source}", "prompt_tuning", SMOLLM2, num_virtual_tokens=LENGTH, init=init)
     for init, source in INITS.items()
-}
+} | {"text": arm("initialized from the instruction", "prompt_tuning", SMOLLM2)}
 
 FINDINGS = (
     Finding(

@@ -1,6 +1,6 @@
 """Prefix tuning with few rows: the MLP, initial values from the instruction, and a prefix in every layer.
 
-For `init="text"`, the runner passes the task's instruction as `init_text`.
+For `init="text"`, the runner passes the task's instruction as `init_text`; the contestants of the main comparison start from it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ def _prefix(init: str, projection: bool) -> Arm:
     )
 
 
-_INSTRUCTION, WITH_MLP = _prefix("text", projection=False), _prefix("text", projection=True)
+_INSTRUCTION = arm("instruction, without MLP", "prefix_tuning", SMOLLM2, shots=FEW_SHOTS)
+WITH_MLP = _prefix("text", projection=True)
 _RANDOM, _RANDOM_MLP = _prefix("random", projection=False), _prefix("random", projection=True)
-_INPUT = arm(
-    "instruction, input only", "prompt_tuning", SMOLLM2, shots=FEW_SHOTS, num_virtual_tokens=LENGTH, init="text"
-)
+_INPUT = arm("instruction, input only", "prompt_tuning", SMOLLM2, shots=FEW_SHOTS)
 _PREFIXES = (_INSTRUCTION, WITH_MLP, _RANDOM, _RANDOM_MLP)
 
 FINDINGS = (

@@ -19,7 +19,7 @@ from benchmarks.quality.findings.settings import RATES, SEEDS
 from benchmarks.quality.inputs import DecoderInputs
 from benchmarks.quality.method_pages import RESULTS
 from benchmarks.quality.models import SMOLLM2
-from benchmarks.quality.plan import FULL, SMALL
+from benchmarks.quality.plan import FULL, SMALL, final_runs
 from benchmarks.quality.records import Record, Store
 from benchmarks.quality.setup import Setup
 from benchmarks.quality.softhooks_methods import RUNNER_OPTIONS, multitask_prompt_tuning, prompt_tuning
@@ -72,12 +72,11 @@ def test_the_best_rate_on_development_rows_is_found(tmp_path: Path) -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_findings_are_cheap_and_distinct_from_the_main_comparison() -> None:
+def test_findings_are_cheap() -> None:
     assert len(BY_NAME) == len(FINDINGS)
     for finding in FINDINGS:
         assert len(finding.arms) <= 8
         assert all(len(one.runs) == len(SEEDS) == 3 for one in finding.arms)
-        assert all(run.options for run in finding.runs)
         assert len({run.file for run in finding.runs}) == len(finding.runs)
 
 
@@ -112,7 +111,7 @@ def test_lengths_and_layers_are_accepted_by_the_methods() -> None:
         softhooks.PromptTuning(**dict(run.options))
     for run in BY_NAME["deep_layers"].runs:
         assert len(list(softhooks.PTuningV2(**dict(run.options)).layers or ())) == 3
-    for run in BY_NAME["prefix_mlp"].runs:
+    for run in (run for run in BY_NAME["prefix_mlp"].runs if run.options):
         softhooks.PrefixTuning(**dict(run.options))
 
 
@@ -142,9 +141,12 @@ def test_the_small_profile_has_no_findings() -> None:
     assert not SMALL.findings
 
 
-def test_a_setting_needs_options() -> None:
-    with pytest.raises(ValueError, match="no options"):
-        arm("plain", "prompt_tuning", SMOLLM2)
+def test_settings_without_options_are_runs_of_the_main_comparison() -> None:
+    """They have its steps and learning rates, so that its results are used."""
+    shared = {run.file for finding in FINDINGS for run in finding.runs if not run.options}
+    compared = {run.file for run in final_runs(FULL, Store(RESULTS / "full"))}
+    assert shared
+    assert shared <= compared
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
