@@ -58,7 +58,7 @@ def against_peft(standings: Standings, task: str, model: str, shots: int) -> lis
     found = []
     for peft, contestant in CONTESTANTS.items():
         if contestant.twin is not None:
-            own, other = _common(standings, task, model, contestant.twin, peft, shots)
+            own, other = common_records(standings, task, model, contestant.twin, peft, shots)
             if own and other:
                 found.append((shots, label_of(contestant.twin), label_of(peft), compare(own, other)))
             same = same_rate_records(standings.profile, standings.store, task, model, peft)
@@ -73,7 +73,7 @@ def against_lora(standings: Standings, task: str, model: str, shots: int) -> Com
     best = standings.best_method(task, model, shots)
     if best is None:
         return None
-    own, lora = _common(standings, task, model, best[0], LORA, shots)
+    own, lora = common_records(standings, task, model, best[0], LORA, shots)
     if not (own and lora):
         return None
     return shots, label_of(best[0]), label_of(LORA), compare(own, lora)
@@ -83,7 +83,7 @@ def level_with_lora(standings: Standings, task: str, model: str, shots: int) -> 
     """Say which methods of softhooks are better than LoRA or on a par with it, on the test rows."""
     outcomes: dict[str, list[str]] = {"better": [], "on a par": [], "worse": []}
     for name in filter(is_softhooks, standings.contestants(task, model)):
-        own, lora = _common(standings, task, model, name, LORA, shots)
+        own, lora = common_records(standings, task, model, name, LORA, shots)
         if own and lora:
             found = compare(own, lora)
             outcomes[found.outcome].append(f"{label_of(name)}, {found.first}")
@@ -95,7 +95,7 @@ def level_with_lora(standings: Standings, task: str, model: str, shots: int) -> 
     return " ".join(sentences)
 
 
-def _common(
+def common_records(
     standings: Standings, task: str, model: str, first: str, second: str, shots: int
 ) -> tuple[list[Record], list[Record]]:
     """Return the results of two contestants with the seeds that both have."""

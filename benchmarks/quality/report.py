@@ -10,6 +10,7 @@ from benchmarks.quality.baselines import CONTEXT_LIMIT
 from benchmarks.quality.comparisons import COMPARISONS, comparisons
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Finding, score_name
+from benchmarks.quality.gaps import gaps
 from benchmarks.quality.models import DESCRIPTIONS, is_encoder
 from benchmarks.quality.plan import (
     EXTENSIONS,
@@ -75,6 +76,7 @@ def write_report(store: Store, profile: Profile, directory: Path, findings: Sequ
         ["## How it was measured", *_measured(standings)],
         ["## Scores", SCORES, *_scores(standings, directory)],
         ["## Comparisons", COMPARISONS, *comparisons(standings)],
+        ["## Where softhooks is behind, and what was tried", *gaps(standings)],
     ]
     if findings:
         judged = [part for finding in findings for part in _finding(finding, store, directory)]
