@@ -80,7 +80,7 @@ PTuning(num_virtual_tokens=0, *, layout=None, encoder='lstm', shape='lama', hidd
 PTuningV2(num_virtual_tokens, *, projection=False, hidden_size=512, dropout=0.1, shift_positions=None, windowed=False,
         layers=None)
 PrefixTuning(num_virtual_tokens, *, projection=False, hidden_size=512, dropout=0.0, shift_positions=None,
-        windowed=True, init='text', init_text=None, init_ids=None, tokenizer=None)
+        windowed=True, init='text', init_text=None, init_ids=None, tokenizer=None, scaled=False)
 PromptEnsemble(model, names, combine='vote')
   .generate(self, tokenizer, **inputs)
 PromptMismatchError(found, /, *remedy, **values)

@@ -21,14 +21,16 @@ from benchmarks.quality.softhooks_methods import (
     llama_adapter,
     llama_adapter_v2,
     long_prefix_tuning,
+    long_scaled_prefix_tuning,
     multitask_prompt_tuning,
     p_tuning,
     p_tuning_v2,
     prefix_tuning,
     prompt_tuning,
     residual_prompt_tuning,
+    scaled_prefix_tuning,
 )
-from benchmarks.quality.variants import normalized_prompt_tuning, scaled_prefix_tuning, superposed_prompt_tuning
+from benchmarks.quality.variants import normalized_prompt_tuning, superposed_prompt_tuning
 
 
 def head(model: PreTrainedModel, setup: Setup) -> Prepared:
@@ -57,6 +59,15 @@ _ALL = (
     Contestant("prefix_tuning", "prefix tuning", SOFTHOOKS, HIGH, HIGH, prefix_tuning),
     Contestant("peft_prefix_tuning", "prefix tuning", PEFT, HIGH, HIGH, peft_prefix_tuning, "prefix_tuning"),
     Contestant("long_prefix_tuning", "prefix tuning, 60 tokens", SOFTHOOKS, None, HIGH, long_prefix_tuning),
+    Contestant("scaled_prefix_tuning", "prefix tuning, scaled", SOFTHOOKS, None, HIGH, scaled_prefix_tuning),
+    Contestant(
+        "long_scaled_prefix_tuning",
+        "prefix tuning, 60 tokens, scaled",
+        SOFTHOOKS,
+        None,
+        PROMPT,
+        long_scaled_prefix_tuning,
+    ),
     Contestant("p_tuning", "P-tuning", SOFTHOOKS, MIDDLE, MIDDLE, p_tuning),
     Contestant("peft_p_tuning", "P-tuning", PEFT, MIDDLE, MIDDLE, peft_p_tuning, "p_tuning"),
     Contestant("p_tuning_v2", "P-tuning v2", SOFTHOOKS, HIGH, None, p_tuning_v2),
@@ -77,7 +88,6 @@ _ALL = (
     Contestant(
         "superposed_prompt_tuning", "prompt of superposed words", VARIANT, None, PROMPT, superposed_prompt_tuning
     ),
-    Contestant("scaled_prefix_tuning", "prefix in units of its spread", VARIANT, None, HIGH, scaled_prefix_tuning),
     Contestant("normalized_prompt_tuning", "prompt of fixed lengths", VARIANT, None, PROMPT, normalized_prompt_tuning),
     Contestant("context_tuning", "context tuning", SOFTHOOKS, None, MIDDLE, context_tuning),
     Contestant("cpt", "CPT", SOFTHOOKS, None, None, cpt),

@@ -1,4 +1,4 @@
-"""Where softhooks' methods score lower than LoRA or PEFT's versions of them, what the results say about the causes, and what was tried."""
+"""Where softhooks' methods score lower than LoRA or PEFT's versions of them, what the results say, and what was tried."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.quality.comparisons import against_peft, common_records
-from benchmarks.quality.contestants import CONTESTANTS
+from benchmarks.quality.contestants import CONTESTANTS, VARIANT
 from benchmarks.quality.plan import chosen_rate, contestants_of, search_shots
 from benchmarks.quality.standings import LORA, Standings, is_softhooks, label_of
 from benchmarks.quality.statistics import Comparison, compare, rate_scores
@@ -20,8 +20,7 @@ GAPS = (
 )
 TRIED = (
     "What was tried, on the development rows: each contestant with each learning rate, one seed. A score is the mean over "
-    "{tasks}. The chosen rate is bold. The last three contestants of softhooks' own making, which are not part of the library, "
-    "are other ways to write the parameters of a prompt or a prefix."
+    "{tasks}. The chosen rate is bold."
 )
 FEW_METHODS = 3
 """The smallest number of methods for which a rank correlation is given."""
@@ -48,9 +47,10 @@ def _behind_lora(standings: Standings, task: str, model: str, shots: int) -> str
         return None
     best = max(compared, key=lambda name: compared[name].first.mean)
     trained = {name: _trained(standings, task, model, name, shots) for name in (*compared, LORA)}
+    scores = f"{compared[best].first}, against LoRA, {compared[best].second}"
     sentences = [
-        f"{label_of(best)}, the best of softhooks' methods, {compared[best].first}, against LoRA, {compared[best].second}. It "
-        f"trains {trained[best]:,} parameters, LoRA {trained[LORA]:,}."
+        f"{label_of(best)}, the best of softhooks' methods, {scores}.",
+        f"It trains {trained[best]:,} parameters, LoRA {trained[LORA]:,}.",
     ]
     if len(compared) >= FEW_METHODS:
         numbers = [[trained[name] for name in compared], [found.first.mean for found in compared.values()]]
@@ -135,8 +135,10 @@ def _tried(standings: Standings, model: str) -> str:
         chosen = chosen_rate(profile, standings.store, model, name)
         cells = [_score(scores[name].get(rate), rate == chosen) for rate in rates]
         rows.append([label_of(name), *cells])
+    variants = [label_of(name) for name in scores if CONTESTANTS[name].library == VARIANT]
     tasks = " and ".join(task for task in profile.tasks[model] if task in profile.searched)
-    return TRIED.format(tasks=tasks) + "\n\n" + markdown_table(["contestant", *(f"{rate:g}" for rate in rates)], rows)
+    text = TRIED.format(tasks=tasks) + (f" Not part of softhooks: {', '.join(variants)}." if variants else "")
+    return text + "\n\n" + markdown_table(["contestant", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def _score(score: float | None, chosen: bool) -> str:

@@ -42,7 +42,9 @@ class Subject:
 
 SUBJECTS = {
     "prompt_tuning": Subject("prompt_tuning", ("prompt_length", "prompt_init", "chat_start", "schedule", "precision")),
-    "prefix_tuning": Subject("prefix_tuning", ("prefix_init", "prefix_mlp", "prefix_layers"), ("long_prefix_tuning",)),
+    "prefix_tuning": Subject(
+        "prefix_tuning", ("prefix_init", "prefix_mlp", "prefix_layers"), ("scaled_prefix_tuning", "long_prefix_tuning")
+    ),
     "p_tuning": Subject("p_tuning", ("anchors",)),
     "p_tuning_v2": Subject("p_tuning_v2", ("deep", "deep_layers", "dropout")),
     "multitask_prompt_tuning": Subject("multitask_prompt_tuning", ("transfer", "transfer_parts")),

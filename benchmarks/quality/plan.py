@@ -25,8 +25,8 @@ CORE = ("head", "full", "lora", "prompt_tuning", "peft_prompt_tuning", "prefix_t
 
 The others are tuned only with `SEARCH_SHOTS` rows of each class of the other tasks: all runs together take hours.
 """
-LARGE = ("long_prefix_tuning", "llama_adapter_v2", "context_tuning")
-"""Methods with more parameters than the others, as LoRA has; they are tested on all tasks of the language model."""
+STRONG = ("long_prefix_tuning", "llama_adapter_v2", "scaled_prefix_tuning", "context_tuning")
+"""The best of the other contestants, on the development rows; they are tested on all tasks of the language model."""
 
 EXAMPLES, GENERATED_EXAMPLES = (1, 2, None), (1, 3, 8)
 """The numbers of examples in a few-shot context, of each class or of all; None for as many as fit."""
@@ -207,7 +207,7 @@ def shots_of(profile: Profile, task: str, model: str, contestant: str) -> tuple[
     few = (search_shots(profile),)
     if task in profile.searched:
         return profile.shots if contestant in CORE else few
-    return few if contestant in (*CORE, *LARGE) else ()
+    return few if contestant in (*CORE, *STRONG) else ()
 
 
 def search_shots(profile: Profile) -> int:

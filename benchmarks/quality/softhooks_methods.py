@@ -63,6 +63,16 @@ def long_prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
     return prefix_tuning(model, setup.with_options(num_virtual_tokens=LONG))
 
 
+def scaled_prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a prefix that is trained in units of its initial spread."""
+    return prefix_tuning(model, setup.with_options(scaled=True))
+
+
+def long_scaled_prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a prefix of 60 tokens that is trained in units of its initial spread."""
+    return long_prefix_tuning(model, setup.with_options(scaled=True))
+
+
 def p_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
     """Make virtual tokens in front; with the options `start` and `before_question`, in front and before the question."""
     if "start" in setup.options:

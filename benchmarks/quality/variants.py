@@ -1,6 +1,6 @@
-"""Other parametrizations of prompts and prefixes, to find out whether they are better; they are not part of softhooks.
+"""Other ways to compute a prompt from parameters, to find out whether they are better; they are not part of softhooks.
 
-They begin as the same prompt as `PromptTuning` and `PrefixTuning` with the same `init`.
+They begin as the same prompt as `PromptTuning` with the same `init`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from benchmarks.quality.softhooks_methods import starting_words, with_method, wi
 from softhooks.backbone.stack import ModelStructure
 from softhooks.methods import initializers
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
-
-SMALLEST = 0.1
-"""The smallest unit of a scaled prefix, as a share of the mean unit."""
 
 WORDS = 128
 """The words whose embeddings a superposition combines."""
@@ -65,30 +62,6 @@ class NormalizedEncoder(PromptEncoder):
         return nn.functional.normalize(self.rows, dim=1) * self.lengths
 
 
-class ScaledPrefixEncoder(PromptEncoder):
-    """Trains each number of a prefix in units of its column's spread, so that one learning rate suits all layers.
-
-    Args:
-        tables: the initial keys and values of each group, [P, N].
-    """
-
-    def __init__(self, tables: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.groups = tuple(tables)
-        self.rows = nn.ParameterDict()
-        for group, table in tables.items():
-            values = table.detach().float()
-            spread = values.std(dim=0)
-            scale = spread.clamp(min=float(spread.mean()) * SMALLEST)
-            self.register_buffer(f"scale_{group}", scale)
-            self.rows[group] = nn.Parameter(values / scale)
-
-    def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Compute the keys and values of a group, [P, N]."""
-        rows: Tensor = self.rows[group] * getattr(self, f"scale_{group}")
-        return rows
-
-
 @dataclass(frozen=True)
 class SuperposedPromptTuning(softhooks.PromptTuning):
     """Prompt tuning with weights of word embeddings as parameters.
@@ -116,20 +89,6 @@ class NormalizedPromptTuning(softhooks.PromptTuning):
     def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the encoder with the initial embeddings."""
         return NormalizedEncoder(self.initial_rows(structure)[0])
-
-
-@dataclass(frozen=True)
-class ScaledPrefixTuning(softhooks.PrefixTuning):
-    """Prefix tuning in units of the initial keys' and values' spread."""
-
-    def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the encoder with the initial keys and values."""
-        return ScaledPrefixEncoder(self.initial_tables(structure))
-
-
-def scaled_prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
-    """Make a scaled prefix that starts as the keys and values of the task's instruction."""
-    return with_method(model, ScaledPrefixTuning(**with_options(setup, starting_words(setup))), setup)
 
 
 def superposed_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:

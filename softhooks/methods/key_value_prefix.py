@@ -114,6 +114,10 @@ class KeyValuePrefix(Method):
         tables = self.initial_tables(structure)
         if self.projection:
             return MLPPrefixEncoder(tables, structure.entry.width, self.hidden_size, self.dropout)
+        return self.table_encoder(tables)
+
+    def table_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
+        """Make the encoder of a prefix without an MLP."""
         return PrefixEncoder(tables, self.dropout)
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:

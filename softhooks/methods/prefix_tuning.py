@@ -15,6 +15,8 @@ from softhooks.errors import OptionError, check_choice
 from softhooks.layout.tokenizing import tokenize
 from softhooks.methods import initializers
 from softhooks.methods.key_value_prefix import KeyValuePrefix
+from softhooks.methods.scaled_prefix import ScaledPrefixEncoder
+from softhooks.prompt_encoder import PromptEncoder
 
 Init = Literal["text", "zero", "random"]
 
@@ -31,7 +33,7 @@ class PrefixTuning(KeyValuePrefix):
 
     Source: Li & Liang 2021, arXiv:2101.00190. Differences: there is no MLP by default, because a prefix initialized from real
     words trains stably without one; the MLP is fitted to the initial prefix by least squares instead of 500 training steps; we
-    add `windowed`.
+    add `windowed` and `scaled`.
 
     Args:
         num_virtual_tokens: P.
@@ -45,6 +47,10 @@ class PrefixTuning(KeyValuePrefix):
             `random`: N(0, 0.02).
         init_text, init_ids: the text for `init="text"`, as a string or as token ids; at most its first P tokens are used.
         tokenizer: the model's tokenizer or its name; required for `init_text`.
+        scaled: train each number of the prefix in units of its standard deviation over the initial virtual tokens, so that one
+            learning rate suits all layers. It needs `init="text"` and at least two virtual tokens, and cannot be combined with
+            `projection`. Saved prompts contain the prefix itself; if one is loaded for further training, the units are those
+            of the loaded prefix.
         shift_positions: start the text's position ids at P; by default, only in causal decoders.
         windowed: in layers with a sliding window, only tokens whose window reaches the prefix (positions 0 to P-1) attend to it.
             If False, and always in encoders, every token attends to the whole prefix.
@@ -65,6 +71,7 @@ class PrefixTuning(KeyValuePrefix):
     init_text: str | None = field(default=None, kw_only=True)
     init_ids: Sequence[int] | None = field(default=None, kw_only=True)
     tokenizer: Any = field(default=None, kw_only=True, compare=False, repr=False)
+    scaled: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +84,30 @@ class PrefixTuning(KeyValuePrefix):
             raise OptionError(
                 "init_text needs a tokenizer, but none is given. Pass `tokenizer=`, or pass the ids as `init_ids=`."
             )
+        if self.scaled:
+            self._check_scaled()
+
+    def _check_scaled(self) -> None:
+        if self.projection:
+            raise OptionError(
+                "scaled and projection are both True; the MLP's output has no units. Leave one of them out."
+            )
+        if self.init != "text":
+            raise OptionError(
+                f"scaled is True with init={self.init!r}; only init='text' gives virtual tokens whose spread can be measured."
+            )
+        if self.num_virtual_tokens < 2:
+            raise OptionError(
+                "scaled is True with 1 virtual token, which has no spread; use at least 2, or leave scaled out."
+            )
+
+    def table_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
+        """Make the encoder of a prefix without an MLP."""
+        return ScaledPrefixEncoder(tables, self.dropout) if self.scaled else super().table_encoder(tables)
+
+    def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
+        """Make an encoder with which a saved prefix can be trained further."""
+        return ScaledPrefixEncoder(tables, self.dropout) if self.scaled else super().rebuild(structure, tables)
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
         """Return the initial keys and values for each group of attention layers, [P, N]."""

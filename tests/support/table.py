@@ -170,6 +170,7 @@ TABLE = [
 ]
 
 TRAINERS = [
+    Entry("prefix-scaled", lambda p: PrefixTuning(p, scaled=p > 1)),
     Entry("p-tuning-v2-projection", lambda p: PTuningV2(p, projection=True, hidden_size=16, dropout=0.1)),
     Entry("mpt-taught", _taught, lambda case: case.head == "causal", extra=_tasks),
     Entry("context-left-out", lambda p: _context(p, leave_one_out=True), extra=_own_examples),

@@ -9,8 +9,8 @@ from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.plan import (
     EXTENSIONS,
     FULL,
-    LARGE,
     SMALL,
+    STRONG,
     at_an_end,
     baseline_runs,
     chosen_rate,
@@ -59,7 +59,7 @@ class TestPlan:
         assert shots_of(FULL, "docstrings", models.MINILM, "head") == FULL.shots
         assert shots_of(FULL, "glosses", models.MINILM, "p_tuning_v2") == (32,)
         assert shots_of(FULL, "synopses", models.SMOLLM2, "p_tuning") == ()
-        assert {shots_of(FULL, "synopses", models.SMOLLM2, name) for name in (*LARGE, "lora")} == {(32,)}
+        assert {shots_of(FULL, "synopses", models.SMOLLM2, name) for name in (*STRONG, "lora")} == {(32,)}
 
     def test_the_search_for_learning_rates_ends(self, tmp_path: Path) -> None:
         store = Store(tmp_path)
