@@ -12,6 +12,7 @@ from torch import nn
 from softhooks.backbone.container import CONTAINER, Container
 from softhooks.backbone.dependence import reads_ids
 from softhooks.backbone.examine import examine
+from softhooks.backbone.example import without_columns
 from softhooks.backbone.max_positions import without_position_warning
 from softhooks.backbone.probing import probing, probing_with_prompt
 from softhooks.base_model.frozen_record import FrozenRecord
@@ -123,7 +124,9 @@ def attach_prompt(
     refuse_peft_prompts(model)
     model = present.model if present else model  # prompts are attached to the model inside a wrapper
     with unpacked(model), _all_off(present):
-        structure = present.structure if present else examine(model, example)
+        structure = (
+            present.structure if present else examine(model, without_columns(example, model, method.batch_columns))
+        )
         needs_ids = method.enters == "embeddings" and reads_ids(model, structure)
         source.check_fit(structure)
         check_length(structure, method)

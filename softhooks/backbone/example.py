@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TEXT_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """The arguments for the text of a batch; a probe forward passes a text of its own instead."""
@@ -64,6 +65,16 @@ class Example:
             index = torch.arange(columns, device=value.device).clamp(max=self.columns - 1)
             value = value.index_select(1, index)
         return value.repeat(batch, *[1] * (value.dim() - 1))
+
+
+def without_columns(
+    batch: Mapping[str, Any] | None, model: nn.Module, columns: Collection[str]
+) -> Mapping[str, Any] | None:
+    """Return a batch without a prompt's columns, which the model without the prompt does not take."""
+    if batch is None or not columns:
+        return batch
+    taken = inspect.signature(model.forward).parameters
+    return {name: value for name, value in batch.items() if name not in columns or name in taken}
 
 
 def example_of(batch: Mapping[str, Any], device: torch.device) -> Example:

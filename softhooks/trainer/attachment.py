@@ -10,6 +10,7 @@ from transformers import TrainerControl
 from softhooks.attach import attach
 from softhooks.base_model.gradients import StashedGradients
 from softhooks.checks.choose_injection import choose_injection
+from softhooks.errors import UnsupportedModelError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.attached_prompt import Injection
@@ -17,8 +18,9 @@ from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 from softhooks.trainer.launch import injection_for_launch
 from softhooks.trainer.metrics import TrainingMetrics
-from softhooks.trainer.prompt_checks import check_equal, require_trainable_prompt
+from softhooks.trainer.prompt_checks import TrainingCallback, check_equal, require_trainable_prompt
 from softhooks.trainer.trainer_patches import LoggedMetrics
+from softhooks.trainer.training_batch import training_batch
 
 
 def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:
@@ -28,22 +30,46 @@ def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:
 
 
 def attach_or_continue(
-    model: nn.Module, method: Method, name: str, injection: Injection | None, options: dict[str, Any]
+    model: nn.Module,
+    method: Method,
+    name: str,
+    injection: Injection | None,
+    options: dict[str, Any],
+    callback: TrainingCallback | None = None,
 ) -> tuple[SoftPrompt, bool]:
     """Attach a prompt, or find the same prompt on the model. Return the prompt, and whether it is new.
 
     Args:
         options: further arguments of `attach`.
+        callback: the callback that trains the prompt, if its Trainer is calling it. A model that does not run on token ids alone
+            gets an example from the Trainer's training rows.
     """
     allowed = injection_for_launch(method, injection)
     present = present_prompt(model, name)
     if present is None:
-        return attach(model, method, name, injection=allowed, **options), True
+        return _attach(model, method, name, {**options, "injection": allowed}, callback), True
     check_equal(present, method, **options)
     require_trainable_prompt(present, may_be_frozen=True)
     if allowed is not None and present.injection != allowed:
         present.injection = choose_injection(present, allowed)
     return present, False
+
+
+def _attach(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    options: dict[str, Any],
+    callback: TrainingCallback | None,
+) -> SoftPrompt:
+    """Attach a prompt; if the model is not supported without an example, try again with one of the Trainer's training rows."""
+    try:
+        return attach(model, method, name, **options)
+    except UnsupportedModelError:
+        example = None if callback is None or options.get("example") is not None else training_batch(callback, method)
+        if example is None:
+            raise
+    return attach(model, method, name, **{**options, "example": example})
 
 
 def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_new: bool) -> CheckpointSaver:

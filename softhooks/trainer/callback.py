@@ -53,16 +53,16 @@ class SoftPromptCallback(PushedPrompt):
     incomplete checkpoint is renamed, so that `resume_from_checkpoint=True` finds the last complete one.
 
     Every training log contains `soft_prompt/norm`, `soft_prompt/grad_norm` (after clipping), `soft_prompt/distance` (from the
-    prompt at the start of training) and the method's own metrics. Reporters and the progress bar receive them with the loss.
+    prompt at the start of training) and the method's own metrics, for reporters and the progress bar.
 
     If the model already has a prompt with this name, method and options, the callback continues to train it. The model's other
-    prompts are frozen during training. Every model that `model_init` returns gets a new prompt. The callback may also be added
-    later, with `trainer.add_callback`.
+    prompts are frozen during training. Every model that `model_init` returns gets a new prompt. `add_callback` works too.
 
     Args:
         method: the method and its options, such as `PromptTuning(20)`.
         name: the name of the prompt.
-        train_head, trainable, freeze_dropout, injection, train_added_tokens, example: as in `attach`.
+        train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
+        example: as in `attach`; without it, a model that needs more than token ids is examined on a training row.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before each
             checkpoint is written; "log": also at each training log; False: never.
         model: the Trainer's model, only if it is quantized. The prompt is attached immediately, because the Trainer accepts a
@@ -276,7 +276,7 @@ class SoftPromptCallback(PushedPrompt):
     def _take(self, model: nn.Module, control: TrainerControl) -> SoftPrompt:
         """Attach the prompt, unless the model already has it, and freeze the rest of the model."""
         refuse_second(self, model, control)
-        prompt, is_new = attach_or_continue(model, self.method, self.name, self._injection, self._options)
+        prompt, is_new = attach_or_continue(model, self.method, self.name, self._injection, self._options, self)
         shared = prompt.prompted_model
         unmark_trainable(model, shared.patches)
         shared.active = self.name

@@ -106,7 +106,7 @@ def _refuse_without_callback(callback: TrainingCallback) -> None:
 
 def patch_trainer(callback: TrainingCallback) -> Trainer | None:
     """Return the Trainer that is calling the callback, or None. The first call patches the Trainer."""
-    trainer = _find_trainer(callback)
+    trainer = trainer_of(callback)
     if trainer is not None:
         patched = trainer.__dict__.get("call_model_init")
         if not (isinstance(patched, PatchedTrainer) and patched.callback is callback):
@@ -114,8 +114,8 @@ def patch_trainer(callback: TrainingCallback) -> Trainer | None:
     return trainer
 
 
-def _find_trainer(callback: TrainingCallback) -> Trainer | None:
-    """Find the Trainer with this callback among the callers of this function."""
+def trainer_of(callback: TrainingCallback) -> Trainer | None:
+    """Find the Trainer with this callback among the callers of this function; None if there is none."""
     from transformers import Trainer
 
     for frame in _callers():
@@ -168,7 +168,7 @@ callbacks: SharedPatches[TrainingCallback] = SharedPatches(
 
 def _call_init_event(callback: TrainingCallback) -> None:
     """Call `on_init_end` of one callback, unless the Trainer is already training."""
-    trainer = _find_trainer(callback)
+    trainer = trainer_of(callback)
     if trainer is None:
         return
     if any(frame.f_locals.get("self") is trainer and frame.f_code.co_name == "train" for frame in _callers()):
