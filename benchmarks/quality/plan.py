@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.quality.contestants import CONTESTANTS, LADDER
@@ -21,7 +21,7 @@ EXTENSIONS = 2
 """How often a contestant tries another learning rate because its best is the highest or the lowest."""
 
 CORE = ("head", "full", "lora", "prompt_tuning", "peft_prompt_tuning", "prefix_tuning", "peft_prefix_tuning")
-"""The contestants that are tuned with all numbers of rows, and on the tasks without a search for learning rates.
+"""The contestants that are tuned with all numbers of rows, and also on the tasks without a search for learning rates.
 
 The others are tuned only with `SEARCH_SHOTS` rows of each class of the other tasks: all runs together take hours.
 """
@@ -47,6 +47,7 @@ class Profile:
         shots: training rows of each class.
         seeds: seeds of each model.
         steps: optimizer steps of each model, as a function of the training rows of each class.
+        few_shots: the searched tasks of a model that are tested only with the number of shots of the search.
         findings: whether it includes the experiments on findings, which need the rows of other tasks.
     """
 
@@ -57,6 +58,7 @@ class Profile:
     shots: tuple[int, ...]
     seeds: dict[str, int]
     steps: dict[str, Callable[[int], int]]
+    few_shots: dict[str, tuple[str, ...]] = field(default_factory=dict)
     findings: bool = True
 
 
@@ -71,6 +73,7 @@ FULL = Profile(
         SMOLLM2: lambda shots: 200 if shots > SEARCH_SHOTS else 100,
         MINILM: lambda shots: 300 if shots > SEARCH_SHOTS else 150,
     },
+    few_shots={MINILM: ("docstrings",)},
 )
 SMALL = Profile(
     "small",
@@ -206,7 +209,7 @@ def shots_of(profile: Profile, task: str, model: str, contestant: str) -> tuple[
     """Return the numbers of training rows with which a contestant is tested."""
     few = (search_shots(profile),)
     if task in profile.searched:
-        return profile.shots if contestant in CORE else few
+        return profile.shots if contestant in CORE and task not in profile.few_shots.get(model, ()) else few
     return few if contestant in (*CORE, *STRONG) else ()
 
 

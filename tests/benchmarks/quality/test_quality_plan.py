@@ -56,7 +56,8 @@ class TestPlan:
     def test_contestants_outside_the_core_are_tuned_with_one_number_of_rows(self) -> None:
         """A baseline such as the head alone belongs to the core, so every comparison of sizes has one."""
         assert shots_of(FULL, "glosses", models.SMOLLM2, "prompt_tuning") == FULL.shots
-        assert shots_of(FULL, "docstrings", models.MINILM, "head") == FULL.shots
+        assert shots_of(FULL, "glosses", models.MINILM, "head") == FULL.shots
+        assert shots_of(FULL, "docstrings", models.MINILM, "head") == (32,)
         assert shots_of(FULL, "glosses", models.MINILM, "p_tuning_v2") == (32,)
         assert shots_of(FULL, "synopses", models.SMOLLM2, "p_tuning") == ()
         assert {shots_of(FULL, "synopses", models.SMOLLM2, name) for name in (*STRONG, "lora")} == {(32,)}
