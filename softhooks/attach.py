@@ -17,7 +17,7 @@ from softhooks.backbone.max_positions import without_position_warning
 from softhooks.backbone.probing import probing, probing_with_prompt
 from softhooks.base_model.frozen_record import FrozenRecord
 from softhooks.base_model.take_fingerprint import take_fingerprint
-from softhooks.checks.attach_arguments import check_arguments, check_length, too_long_error
+from softhooks.checks.attach_arguments import check_arguments, check_length, require_tokens, too_long_error
 from softhooks.checks.causality import check_causality
 from softhooks.checks.choose_injection import choose_injection, probe_inputs
 from softhooks.checks.content_masks import require_common_masks
@@ -127,6 +127,7 @@ def attach_prompt(
         structure = (
             present.structure if present else examine(model, without_columns(example, model, method.batch_columns))
         )
+        require_tokens(structure, method)
         needs_ids = method.enters == "embeddings" and reads_ids(model, structure)
         source.check_fit(structure)
         check_length(structure, method)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.dependence import change_before, is_rounding
+from softhooks.backbone.examine_features import examine_features
 from softhooks.backbone.example import Example, example_of
+from softhooks.backbone.feature_inputs import feature_name
 from softhooks.backbone.find_attention import AttentionRecord, find_sites, recorded_attention
 from softhooks.backbone.find_positions import find_positions
 from softhooks.backbone.find_stack import ModuleCall, find_stack, record
@@ -32,11 +34,13 @@ from softhooks.errors import UnsupportedModelError
 
 
 def examine(model: nn.Module, batch: Mapping[str, Any] | None = None) -> ModelStructure:
-    """Find a model's stacks (text backbones) by running it on four tokens; raise an `UnsupportedModelError` if it has none.
+    """Find a model's stacks by running it, usually on four tokens; raise an `UnsupportedModelError` if it has none.
 
     Args:
         batch: an example batch, for a model that does not run on token ids alone.
     """
+    if feature_name(model) is not None and not _is_encoder_decoder(model):
+        return examine_features(model, batch)
     vocabulary = _vocabulary(model)
     with eval_mode(model), probing(model):
         ids = probe_ids(model, vocabulary, columns=4)

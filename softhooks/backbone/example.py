@@ -26,6 +26,7 @@ class Example:
         others: the arguments besides the text, with one row each, by name; empty if the model runs on ids alone.
         columns: the number of tokens of the text that `others` were made for.
         has_mask: whether every forward gets an attention mask.
+        has_text: whether the model takes token ids; if False, it gets only `others`, with as many rows as there are texts.
     """
 
     is_encoder_decoder: bool = False
@@ -33,6 +34,7 @@ class Example:
     others: dict[str, Any] = field(default_factory=dict)
     columns: int = 0
     has_mask: bool = False
+    has_text: bool = True
 
     def arguments(self, ids: Tensor, mask: Tensor | None = None, decoder: Tensor | None = None) -> dict[str, Any]:
         """Return the arguments of a forward on token ids.
@@ -42,6 +44,9 @@ class Example:
             mask: its attention mask, [B, T]; None for no mask, or a mask of ones if `has_mask` is True.
             decoder: the decoder's ids, [B, T]; by default the ids of the text in a different order.
         """
+        others = {name: self._fitted(value, *ids.shape) for name, value in self.others.items()}
+        if not self.has_text:
+            return others
         arguments: dict[str, Any] = {"input_ids": self._for_choices(ids)}
         if mask is None and self.has_mask:
             mask = torch.ones_like(ids)
@@ -50,7 +55,7 @@ class Example:
         if self.is_encoder_decoder:
             # The same number of ids, which some heads require.
             arguments["decoder_input_ids"] = ids.roll(1, dims=-1) if decoder is None else decoder
-        return arguments | {name: self._fitted(value, *ids.shape) for name, value in self.others.items()}
+        return arguments | others
 
     def _for_choices(self, rows: Tensor) -> Tensor:
         """Repeat each row as several choices if the model needs it. [B, T] -> [B, C, T]."""

@@ -34,12 +34,16 @@ class AttentionRecord:
         module: the attention module.
         key, value: the shapes of the keys and values, [B, Hk, K, D].
         hides_distant: whether the attention mask hides tokens outside a short window.
+        queries: the number of queries, T.
+        width: the query heads times their size, usually the width of the hidden states.
     """
 
     module: nn.Module
     key: torch.Size
     value: torch.Size
     hides_distant: bool = False
+    queries: int = 0
+    width: int = 0
 
 
 def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord] | None) -> None:
@@ -60,19 +64,19 @@ def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord
         else:
             inside = set(stack.module.modules())
             records = [record for record in attention if record.module in inside]
-        stack.sites = _sites(stack, records, ids.shape[1])
+        stack.sites = make_sites(stack, records, ids.shape[1])
         if stack.sites:
             stack.injection = "attention"
             _find_windows(stack, inputs)
             continue
-        stack.sites = _sites(stack, _inline_records(stack, inputs), ids.shape[1])
+        stack.sites = make_sites(stack, _inline_records(stack, inputs), ids.shape[1])
         if stack.sites:
             stack.injection = "written_out"
         elif cache_name(stack.parameters) is not None and stack.causal:
             _find_cache_sites(stack, ids)
 
 
-def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[Site]:
+def make_sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[Site]:
     """Make a `Site` for each attention call. In a decoder, a call whose number of keys is `encoded` is cross-attention."""
     sites: list[Site] = []
     shared: dict[int, list[Site]] = {}
@@ -103,9 +107,13 @@ class _Recorder:
         return site
 
     def attend(self, _site: Any, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module, _query, key, value = args[:4]
+        module, query, key, value = args[:4]
         mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
-        self.records.append(AttentionRecord(module, key.shape, value.shape, hides_distant(mask)))
+        self.records.append(
+            AttentionRecord(
+                module, key.shape, value.shape, hides_distant(mask), query.shape[2], query.shape[1] * query.shape[3]
+            )
+        )
         return attention(*args, **kwargs)
 
 

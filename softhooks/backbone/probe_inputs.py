@@ -25,6 +25,8 @@ def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) ->
     """Make one row of ids, [1, columns]; none is special except the last, the model's `eos_token_id` (if it has one)."""
     config = getattr(model, "config", None)
     inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
+    if not vocabulary:  # a model without token ids
+        return torch.zeros(1, columns, dtype=torch.long, device=device_of(model))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     special = {getattr(embedding, "padding_idx", None)}.union(*(special_ids(one) for one in (config, *inner)))
     ordinary = [i for i in range(min(vocabulary, 64)) if i not in special] or [0]

@@ -172,6 +172,9 @@ class Stack:
         compared_arguments: the non-tensor arguments of the forward in which `injection="shared"` was compared with `"slots"`.
         pooled_module: the child whose state for the first token is the pooler's only input; None if there is no such pooler.
         reads_ids: whether its states depend on token ids and not only on embeddings; None until measured.
+        features: the argument with an image, a sound, or their hidden states, if the model takes these instead of token ids. The
+            embedding then has no rows.
+        probe_call: the arguments of its forward on one row, by name, if it takes no token ids.
         state: its running forward.
     """
 
@@ -189,6 +192,8 @@ class Stack:
     compared_arguments: dict[str, Any] = field(default_factory=dict)
     pooled_module: nn.Module | None = None
     reads_ids: bool | None = None
+    features: str | None = None
+    probe_call: dict[str, Any] = field(default_factory=dict, repr=False)
     state: StackState = field(default_factory=StackState, init=False, repr=False)
 
     @property
@@ -208,7 +213,7 @@ class ModelStructure:
     """The stacks of a model: two in an encoder-decoder, otherwise one.
 
     Attributes:
-        vocabulary: the number of rows of the input embedding.
+        vocabulary: the number of rows of the input embedding; 0 if the model does not take token ids.
         example: makes the arguments of probe forwards.
         changes_modules: whether forwards store state in the model's modules, so that threads must take turns.
     """
@@ -222,6 +227,11 @@ class ModelStructure:
     def is_encoder_decoder(self) -> bool:
         """Whether the model has an encoder and a decoder."""
         return len(self.stacks) == 2
+
+    @property
+    def embeds_tokens(self) -> bool:
+        """Whether the model takes token ids."""
+        return self.entry.features is None
 
     @property
     def entry(self) -> Stack:

@@ -11,7 +11,7 @@ from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of, read_tensor
 from softhooks.compat.sharding import full
-from softhooks.errors import OptionError
+from softhooks.errors import OptionError, UnsupportedMethodError
 
 _CHUNK = 8192
 """The number of tokens whose embeddings are compared at a time."""
@@ -20,6 +20,11 @@ _CHUNK = 8192
 def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
     """Return the embeddings of token ids, in fp32. [P] -> [P, H]."""
     stack = structure.entry
+    if not structure.embeds_tokens:
+        raise UnsupportedMethodError(
+            f"{type(stack.module).__name__} takes `{stack.features}` instead of token ids, so a prompt cannot start from a text.",
+            "Use PrefixTuning, PTuningV2 or LlamaAdapter.",
+        )
     ids = torch.as_tensor(ids, dtype=torch.long)
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= structure.vocabulary):
         raise OptionError(

@@ -51,7 +51,7 @@ class Fingerprint:
     """The fingerprint of a base model.
 
     Attributes:
-        vocabulary: the number of rows of the embedding matrix.
+        vocabulary: the number of rows of the embedding matrix; 0 if the model does not take token ids.
         samples: the samples by group and by a hash of the weight's name, in which `*` replaces the layer's number.
         merged: samples of the matrices with LoRA, as if LoRA were merged; empty if unknown.
     """
@@ -102,9 +102,9 @@ class Fingerprint:
         if (
             not isinstance(value, dict)
             or type(value.get("vocabulary")) is not int
-            or not 0 < value["vocabulary"] < 2**31
+            or not 0 <= value["vocabulary"] < 2**31
         ):
-            raise ValueError("it must be an object whose `vocabulary` is a whole number from 1 to 2**31 - 1")
+            raise ValueError("it must be an object whose `vocabulary` is a whole number from 0 to 2**31 - 1")
         samples = {group: _read(value, group) for group in GROUPS}
         if not any(samples.values()):
             raise ValueError("it contains no weights")

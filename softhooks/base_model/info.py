@@ -35,7 +35,7 @@ class BaseModelInfo:
         revision: the commit on the Hub.
         quantization: the quantization method and the number of bits.
         width: the hidden size of the embeddings, H.
-        vocabulary: the number of rows of the embedding matrix.
+        vocabulary: the number of rows of the embedding matrix; 0 if the model does not take token ids.
         sliding_window: whether the config sets a sliding window.
         task: the `task_type` in PEFT's config, which does not name the model class; None if PEFT did not save the prompt.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.probing import OTHER_METHOD
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.sharding import refuse_partitioned
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError
@@ -78,6 +79,18 @@ def check_arguments(
     for pattern in trainable:
         if not fnmatch.filter(names, pattern):
             raise AttachError(f"trainable={pattern!r} does not match any parameter of {type(model).__name__}.")
+
+
+def require_tokens(structure: ModelStructure, method: Method) -> None:
+    """Refuse virtual tokens in the sequence if the model does not take token ids."""
+    stack = structure.entry
+    if method.enters == "embeddings" and not structure.embeds_tokens:
+        raise UnsupportedMethodError(
+            f"{type(stack.module).__name__} takes `{stack.features}` instead of token ids, so no virtual token can be inserted "
+            "into a text.",
+            OTHER_METHOD,
+            method=method.kind,
+        )
 
 
 def check_length(structure: ModelStructure, method: Method) -> None:

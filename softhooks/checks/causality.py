@@ -22,6 +22,8 @@ from softhooks.prompt import SoftPrompt
 def check_causality(prompt: SoftPrompt) -> None:
     """Check every stack of the model."""
     structure = prompt.prompted_model.structure
+    if not structure.embeds_tokens:
+        return  # no later tokens to change; such a stack is never causal
     for number, stack in enumerate(structure.stacks):
         calls = _calls(prompt, stack, number)
         if calls is None:

@@ -29,7 +29,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
     True if the output depends on the padding even without a prompt, because then the prompt is not the cause. Also True if
     softhooks refuses such rows with an error of its own.
     """
-    if _takes_positions(prompt):
+    if not prompt.structure.embeds_tokens or _takes_positions(prompt):
         return True
     inputs = probe_inputs(prompt)
     pad = default_id(prompt.model, prompt.prompted_model.structure.vocabulary)

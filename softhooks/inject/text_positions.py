@@ -32,6 +32,18 @@ class OuterCall:
     mask: Any
 
 
+def row_count(stack: Stack, call: dict[str, Any]) -> int:
+    """Return the number of rows in a call to a stack, also if it takes an image or a sound instead of a text."""
+    if stack.features is None:
+        return text_shape(call)[0]
+    features = call.get(stack.features)
+    if not isinstance(features, Tensor):
+        raise PromptNotReachedError(
+            f"the call to {type(stack.module).__name__} has no `{stack.features}`, which a prompt needs."
+        )
+    return features.shape[0]
+
+
 def text_shape(call: dict[str, Any]) -> tuple[int, int]:
     """Return the batch size and the length of the text, including padding."""
     text = _text(call)

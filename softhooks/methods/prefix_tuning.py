@@ -42,7 +42,7 @@ class PrefixTuning(KeyValuePrefix):
         dropout: the dropout probability of the prefix.
         init: the initial prefix:
             `text`, by far the best: the keys and values that the model computes for `init_text` or `init_ids`, repeated or cut
-            to P tokens, or for words sampled from the vocabulary if neither is given;
+            to P tokens, or for words sampled from the vocabulary if neither is given (without token ids, the same as `random`);
             `zero`: zeros;
             `random`: N(0, 0.02).
         init_text, init_ids: the text for `init="text"`, as a string or as token ids; at most its first P tokens are used.
@@ -111,12 +111,24 @@ class PrefixTuning(KeyValuePrefix):
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
         """Return the initial keys and values for each group of attention layers, [P, N]."""
+        if self.init == "text" and not structure.embeds_tokens:
+            self._check_without_tokens(structure)
+            return super().initial_tables(structure)
         if self.init == "text":
             from softhooks.inject.capture import key_values_of  # imports transformers
 
             return key_values_of(structure, self._ids(structure))
         tables = super().initial_tables(structure)
         return tables if self.init == "random" else {group: torch.zeros_like(t) for group, t in tables.items()}
+
+    def _check_without_tokens(self, structure: ModelStructure) -> None:
+        given = next((name for name in ("init_text", "init_ids", "scaled") if getattr(self, name)), None)
+        if given is not None:
+            raise OptionError(
+                f"{given} is given, but {type(structure.entry.module).__name__} takes `{structure.entry.features}` instead of "
+                "token ids, so the prefix cannot start from words.",
+                f"Leave `{given}` out; the prefix then starts from small random numbers.",
+            )
 
     def _ids(self, structure: ModelStructure) -> Tensor:
         count = self.num_virtual_tokens

@@ -39,6 +39,7 @@ from softhooks.inject.text_positions import (
     past_of,
     positions_in_text,
     prepared_mask,
+    row_count,
     text_shape,
 )
 from softhooks.runtime.selection import Selection
@@ -182,7 +183,7 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
     for role in roles:
         if role in each[0]:
             own = each[0][role] if selection.rows is None else mix([kv[role] for kv in each], selection.rows)
-            prefixes[role] = replace(own, hidden=selection.hidden(text_shape(call)[0], own.length))
+            prefixes[role] = replace(own, hidden=selection.hidden(row_count(stack, call), own.length))
     return prefixes
 
 
@@ -191,8 +192,10 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
 
 def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
     """Create the pass for a gated branch. Padding at the start of a row does not shift the position ids of its text."""
-    batch, columns = text_shape(call)
-    branch = BranchPass(stack, _branch_of(stack, selection, batch), stack.module.training)
+    branch = BranchPass(stack, _branch_of(stack, selection, row_count(stack, call)), stack.module.training)
+    if stack.features is not None:
+        return branch
+    _, columns = text_shape(call)
     mask = padding_mask(call, outer)
     if branch.branch.scaled:
         branch.blank = blanks(mask, columns)

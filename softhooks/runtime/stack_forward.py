@@ -20,7 +20,7 @@ from softhooks.inject.caches import cache_of
 from softhooks.inject.prefix.packed_documents import check_of_documents, document_numbers, require_masks
 from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.inject.reuse import scope_on
-from softhooks.inject.text_positions import OuterCall, past_of, text_shape
+from softhooks.inject.text_positions import OuterCall, past_of, row_count, text_shape
 from softhooks.runtime.arguments import take
 from softhooks.runtime.dispatch import open_pass
 from softhooks.runtime.prompted_model import PromptedModel
@@ -50,6 +50,8 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
         require_servable(prompted)
     text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     batch, columns = text.shape[:2] if isinstance(text, Tensor) else (0, 0)
+    if stack.features is not None:
+        batch = row_count(stack, call)
     forward = prompted.running.forward
     assert forward is not None
     # `select` also checks the length of `rows` against the batch, even if `rows` selects no prompt.
@@ -106,6 +108,8 @@ def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
 
 def _outer_call(forward: Call, stack: Stack) -> OuterCall | None:
     """Return the position ids and the attention mask that the caller passed to the model for this stack."""
+    if stack.features is not None:
+        return None
     given, prefix = forward.model_arguments, "decoder_" if stack.name == "decoder" else ""
     return (
         None if given is None else OuterCall(given.get(f"{prefix}position_ids"), given.get(f"{prefix}attention_mask"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ def find_attention_calls(structure: ModelStructure) -> None:
             encoder = structure.entry
             with eval_mode(encoder.module), marked_sites(encoder), encoder.state.running(Pass(encoder)):
                 encoded = last_hidden_state(encoder.module(input_ids=_one_id(encoder, structure.vocabulary)))
-        seen = _watch(stack, structure.vocabulary, encoded)
+        seen = _watch(stack, structure.vocabulary, encoded) if stack.features is None else _watch_features(stack)
         with eval_mode(stack.module), marked_sites(stack):
             for site in stack.sites_of("self"):
                 site.call = _find_call(site, seen[site.index])
@@ -96,6 +97,43 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
     inputs: dict[str, Any] = {"input_ids": _one_id(stack, vocabulary)}
     if encoded is not None:
         inputs["encoder_hidden_states"] = encoded
+    return _run(stack, inputs).seen
+
+
+def _watch_features(stack: Stack) -> dict[int, _Seen]:
+    """Run a stack without token ids, and then each attention module on one of its tokens, as `_watch` does for a text."""
+    whole, found = _run(stack, stack.probe_call).seen, {}
+    for site in stack.sites_of("self"):
+        found[site.index] = whole[site.index]
+        for module, args, kwargs in whole[site.index].around:
+            cut, named = [_one_token(value) for value in args], {name: _one_token(v) for name, v in kwargs.items()}
+            alone = _WatchPass(stack)
+            alone.has_begun = True  # only one module runs, not the stack
+            with eval_mode(stack.module), marked_sites(stack), stack.state.running(alone), suppress(*FORWARD_ERRORS):
+                alone.called[module] = [(tuple(cut), named)]
+                module.forward(*cut, **named)
+            if site.index in alone.seen:
+                found[site.index] = alone.seen[site.index]
+                found[site.index].calls = whole[site.index].calls
+                break
+    return found
+
+
+def _one_token(value: Any) -> Any:
+    """Return one token of hidden states, [1, T, H]; leave out masks, [1, .., T, K]; return other arguments unchanged.
+
+    It is the token with the largest state: in a model without trained weights, the class token is zero.
+    """
+    if not isinstance(value, Tensor) or value.dim() < 3:
+        return value
+    if value.dim() > 3:
+        return None
+    largest = int(value[0].float().norm(dim=-1).argmax())
+    return value[:, largest : largest + 1]
+
+
+def _run(stack: Stack, inputs: dict[str, Any]) -> _WatchPass:
+    """Run a stack with a pass that records its self-attention."""
     forward_pass = _WatchPass(stack)
     with eval_mode(stack.module), marked_sites(stack), Patches() as hooks:
         for module in {part: None for parts in forward_pass.around.values() for part in parts}:
@@ -104,7 +142,7 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
             stack.module(**inputs)
     for seen in forward_pass.seen.values():
         seen.calls = len(forward_pass.called[seen.around[0][0]])
-    return forward_pass.seen
+    return forward_pass
 
 
 def _one_id(stack: Stack, vocabulary: int) -> Tensor:

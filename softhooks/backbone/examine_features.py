@@ -1,0 +1,145 @@
+"""Describe a model that computes hidden states from images or sound instead of token ids.
+
+Its stack is the innermost module that contains all calls to attention functions. It has no token ids, so only keys and values and
+gated branches can enter it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from softhooks.backbone.example import Example
+from softhooks.backbone.feature_inputs import feature_examples, feature_name
+from softhooks.backbone.find_attention import AttentionRecord, make_sites, recorded_attention
+from softhooks.backbone.own_state import changes_modules
+from softhooks.backbone.probing import eval_mode, probing, seeded
+from softhooks.backbone.stack import ModelStructure, Positions, Stack
+from softhooks.compat.offload import device_of
+from softhooks.errors import UnsupportedModelError
+from softhooks.patching.patches import Patches
+
+_ADAPTERS = "No prompt can enter this model; tune its weights with adapters such as LoRA."
+
+
+def examine_features(model: nn.Module, batch: Mapping[str, Any] | None) -> ModelStructure:
+    """Find a model's stack by running it on an image or a sound; raise an `UnsupportedModelError` if it has none.
+
+    Args:
+        batch: an example batch; without one, random features are tried whose sizes come from the model's config.
+    """
+    with eval_mode(model), probing(model):
+        example, records = _run(model, batch)
+        module, path = _stack_module(model, records)
+        call = _arguments(model, module, example)
+        stack = _stack(module, path, call, records)
+        changes = changes_modules(model, example.others, [stack])
+    return ModelStructure(stacks=[stack], vocabulary=0, example=example, changes_modules=changes)
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any] | None) -> tuple[Example, list[AttentionRecord]]:
+    """Run a model on the first example that it accepts, and record the calls to attention functions."""
+    failed: Exception | None = None
+    for example in feature_examples(model, batch):
+        try:
+            with recorded_attention(model) as records, seeded(model):
+                model(**example.others)
+            return example, records
+        except Exception as error:  # noqa: BLE001 - whatever a model raises for a shape that it does not accept
+            failed = failed or error
+    given = "the example batch" if batch is not None else f"random `{feature_name(model)}` of the sizes in its config"
+    raise UnsupportedModelError(
+        f"{type(model).__name__} fails on {given}; a soft prompt can only be attached to a model that runs.",
+        "Pass a batch with all inputs that the model needs: `attach(..., example=batch)`.",
+        cause=f"{type(failed).__name__}: {failed}",
+    ) from failed
+
+
+def _stack_module(model: nn.Module, records: list[AttentionRecord]) -> tuple[nn.Module, str]:
+    """Return the innermost module that contains every module with a call to an attention function, and its path."""
+    _refuse_parts(model, records)
+    paths = {module: path.split(".") for path, module in model.named_modules()}
+    parts = [paths[record.module] for record in records]
+    count = 0
+    while count < min(map(len, parts)) - 1 and len({part[count] for part in parts}) == 1:
+        count += 1
+    path = parts[0][:count]
+    while path and isinstance(model.get_submodule(".".join(path)), (nn.ModuleList, nn.ModuleDict)):
+        path = path[:-1]  # a list of layers has no forward
+    return model.get_submodule(".".join(path)), ".".join(path)
+
+
+def _refuse_parts(model: nn.Module, records: list[AttentionRecord]) -> None:
+    """Refuse models without attention functions, and those whose layers attend to parts of an image or to another sequence."""
+    if not records:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} calls no attention function of transformers' attention interface, so keys and values cannot "
+            "enter it.",
+            _ADAPTERS,
+        )
+    parts = next((r for r in records if r.key[0] != 1), None)
+    if parts is not None:
+        raise UnsupportedModelError(
+            f"{type(parts.module).__name__} attends to {parts.key[0]} parts of a row separately, such as windows of an image; a "
+            "prompt would be added to each part.",
+            _ADAPTERS,
+        )
+    crossed = next((r for r in records if r.queries != r.key[2]), None)
+    if crossed is not None:
+        raise UnsupportedModelError(
+            f"{type(crossed.module).__name__} attends with {crossed.queries} tokens to {crossed.key[2]} others; in models "
+            "without token ids, softhooks only supports self-attention over the whole sequence.",
+            _ADAPTERS,
+        )
+
+
+def _arguments(model: nn.Module, module: nn.Module, example: Example) -> dict[str, Any]:
+    """Return the arguments, by name, with which a forward of the model calls a module."""
+    calls: list[dict[str, Any]] = []
+    names = list(inspect.signature(module.forward).parameters)
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(dict(zip(names, args, strict=False)) | kwargs)
+
+    with Patches() as patches, seeded(model):
+        patches.keep(module.register_forward_pre_hook(note, with_kwargs=True))
+        model(**example.others)
+    if len(calls) != 1:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}, which contains all attention of {type(model).__name__}, runs {len(calls)} times in one "
+            "forward; a prompt needs a module that runs once.",
+            _ADAPTERS,
+        )
+    return calls[0]
+
+
+def _stack(module: nn.Module, path: str, call: dict[str, Any], records: list[AttentionRecord]) -> Stack:
+    features = next(
+        (n for n, v in call.items() if isinstance(v, Tensor) and v.dim() > 1 and v.is_floating_point()), None
+    )
+    if features is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} gets no tensor of floating-point numbers, so the number of its rows is not known.",
+            _ADAPTERS,
+        )
+    parameters = inspect.signature(module.forward).parameters
+    width = records[0].width
+    stack = Stack(
+        name="text",
+        path=path,
+        module=module,
+        embedding=nn.Embedding(0, width, device=device_of(module)),
+        width=width,
+        causal=False,
+        positions=Positions(takes_position_ids=False, table=None, start=0, padding=None, limit=None, trained=None),
+        parameters=[key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD],
+        features=features,
+        reads_ids=False,
+        probe_call=call,
+    )
+    stack.sites = make_sites(stack, records, encoded=-1)
+    stack.injection = "attention"
+    return stack

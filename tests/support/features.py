@@ -1,0 +1,73 @@
+"""Tiny models that take images, videos or sound instead of token ids, with a batch for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8}
+CLASSES: dict[str, Any] = {**SIZE, **IMAGE, "num_labels": 3}
+VIDEO: dict[str, Any] = {**CLASSES, "num_frames": 4}
+SOUND: dict[str, Any] = {
+    **SIZE, "vocab_size": 20, "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16, "apply_spec_augment": False,
+    "feat_extract_norm": "layer", "num_labels": 3, "layerdrop": 0.0,
+}  # fmt: skip
+SPECTROGRAM: dict[str, Any] = {**SIZE, "max_length": 64, "num_mel_bins": 32, "patch_size": 16, "num_labels": 3}
+WHISPER: dict[str, Any] = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_source_positions": 40, "num_labels": 3, "use_weighted_layer_sum": False,
+}  # fmt: skip
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**CLASSES)),
+    "deit": lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**CLASSES)),
+    "beit": lambda: tf.BeitForImageClassification(tf.BeitConfig(use_relative_position_bias=True, **CLASSES)),
+    "dinov2": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**CLASSES)),
+    "siglip": lambda: tf.SiglipForImageClassification(
+        tf.SiglipConfig(vision_config={**SIZE, **IMAGE}, text_config={**SIZE, "vocab_size": 64}, num_labels=3)
+    ),
+    "videomae": lambda: tf.VideoMAEForVideoClassification(tf.VideoMAEConfig(**VIDEO)),
+    "vivit": lambda: tf.VivitForVideoClassification(tf.VivitConfig(**{**VIDEO, "tubelet_size": [2, 8, 8]})),
+    "ast": lambda: tf.ASTForAudioClassification(tf.ASTConfig(**SPECTROGRAM)),
+    "wav2vec2": lambda: tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**SOUND)),
+    "hubert": lambda: tf.HubertForSequenceClassification(tf.HubertConfig(**SOUND)),
+    "whisper": lambda: tf.WhisperForAudioClassification(tf.WhisperConfig(**WHISPER)),
+    "yolos": lambda: tf.YolosForObjectDetection(
+        tf.YolosConfig(**SIZE, image_size=[32, 32], patch_size=8, num_detection_tokens=5)
+    ),
+}
+SHAPES = {
+    "videomae": (4, 3, 32, 32), "vivit": (4, 3, 32, 32), "ast": (64, 32), "wav2vec2": (400,), "hubert": (400,),
+    "whisper": (80, 80),
+}  # fmt: skip
+"""The shape of one row; that of the others is an image's."""
+
+
+def batch(name: str, rows: int = 2) -> dict[str, Tensor]:
+    """Make the features of some rows."""
+    shape = SHAPES.get(name, (3, 32, 32))
+    argument = {
+        "ast": "input_values",
+        "wav2vec2": "input_values",
+        "hubert": "input_values",
+        "whisper": "input_features",
+    }
+    values = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(1))
+    return {argument.get(name, "pixel_values"): values}
+
+
+def build(name: str) -> Any:
+    """Build a model whose matrices are large enough for every layer to matter."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model
