@@ -80,8 +80,8 @@ class Timeseries(nn.Module):
 
 REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], type[SoftHooksError], str]] = {
     "a model of images": (
-        vit, lambda: PromptTuning(3), {}, UnsupportedModelError,
-        r"^ViTModel (has no input embeddings|fails on token ids alone)(.|\n)*Attach to",
+        vit, lambda: PromptTuning(3), {}, UnsupportedMethodError,
+        r"^ViTModel takes `pixel_values` instead of token ids(.|\n)*such as PrefixTuning or LlamaAdapter",
     ),
     "no transformers model": (
         lambda: nn.Linear(3, 3), lambda: PromptTuning(3), {}, UnsupportedModelError,

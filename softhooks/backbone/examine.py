@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.dependence import change_before, is_rounding
-from softhooks.backbone.examine_features import examine_features
+from softhooks.backbone.examine_features import arguments_of, examine_features, feature_stack, run_on_features
 from softhooks.backbone.example import Example, example_of
-from softhooks.backbone.feature_inputs import feature_name
-from softhooks.backbone.find_attention import AttentionRecord, find_sites, recorded_attention
+from softhooks.backbone.feature_inputs import feature_examples, feature_name
+from softhooks.backbone.find_attention import AttentionRecord, find_sites, make_sites, recorded_attention
 from softhooks.backbone.find_positions import find_positions
 from softhooks.backbone.find_stack import ModuleCall, find_stack, record
 from softhooks.backbone.max_positions import dynamic_rope_length, rotary_limit
@@ -39,8 +39,10 @@ def examine(model: nn.Module, batch: Mapping[str, Any] | None = None) -> ModelSt
     Args:
         batch: an example batch, for a model that does not run on token ids alone.
     """
-    if feature_name(model) is not None and not _is_encoder_decoder(model):
-        return examine_features(model, batch)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        is_pair = _is_encoder_decoder(model)
+        if feature_name(model, is_pair) is not None:
+            return _examine_pair(model, batch) if is_pair else examine_features(model, batch)
     vocabulary = _vocabulary(model)
     with eval_mode(model), probing(model):
         ids = probe_ids(model, vocabulary, columns=4)
@@ -64,6 +66,34 @@ def _vocabulary(model: nn.Module) -> int:
             f"{INSIDE} Attach to the transformers model itself if this is a wrapper around it; for a sentence-transformers "
             "model, use `softhooks.integrations.sentence_transformers`.",
         ) from error
+
+
+def _examine_pair(model: nn.Module, batch: Mapping[str, Any] | None) -> ModelStructure:
+    """Find the stacks of an encoder-decoder whose encoder takes features, and whose decoder takes token ids."""
+    vocabulary = _vocabulary(model)
+    with eval_mode(model), probing(model):
+        encoder = model.get_encoder()  # type: ignore[operator]
+        inside = set(encoder.modules())
+        for columns in (5, 6):  # not the number of encoder states, so that cross-attention is recognized
+            text = probe_ids(model, vocabulary, columns)
+            example, attention = run_on_features(model, feature_examples(model, batch, is_encoder_decoder=True), text)
+            own = [record for record in attention if record.module in inside]
+            if not own or own[0].queries != columns:
+                break
+        arguments = example.arguments(text)
+        first = feature_stack(model, "encoder", encoder, arguments, own)
+        ids = arguments["decoder_input_ids"]
+        runs = _Runs(example, text, {"decoder": ids}, record(model, arguments), attention)
+        changed = ids.clone()
+        changed[:, 1] = ids[0, 0] if ids[0, 1] != ids[0, 0] else ids[0, 2]
+        runs.changed["decoder"] = record(model, example.arguments(text, decoder=changed))
+        second = _stack(model, "decoder", ids, runs)
+        inside = set(second.module.modules())
+        second.sites = make_sites(second, [one for one in attention if one.module in inside], encoded=own[0].queries)
+        second.injection = "attention" if second.sites else None
+        second.probe_call = arguments_of(model, second.module, arguments)
+        changes = changes_modules(model, arguments, [first, second])
+    return ModelStructure(stacks=[first, second], vocabulary=vocabulary, example=example, changes_modules=changes)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -1,23 +1,24 @@
 """Describe a model that computes hidden states from images or sound instead of token ids.
 
-Its stack is the innermost module that contains all calls to attention functions. It has no token ids, so only keys and values and
-gated branches can enter it.
+Its stack is the innermost module, outside lists of layers, that contains all calls to attention functions. It has no token ids,
+so only keys and values and gated branches can enter it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.example import Example
-from softhooks.backbone.feature_inputs import feature_examples, feature_name
+from softhooks.backbone.feature_inputs import feature_examples
 from softhooks.backbone.find_attention import AttentionRecord, make_sites, recorded_attention
 from softhooks.backbone.own_state import changes_modules
 from softhooks.backbone.probing import eval_mode, probing, seeded
-from softhooks.backbone.stack import ModelStructure, Positions, Stack
+from softhooks.backbone.stack import ModelStructure, Positions, Stack, StackName
 from softhooks.compat.offload import device_of
 from softhooks.errors import UnsupportedModelError
 from softhooks.patching.patches import Patches
@@ -32,44 +33,64 @@ def examine_features(model: nn.Module, batch: Mapping[str, Any] | None) -> Model
         batch: an example batch; without one, random features are tried whose sizes come from the model's config.
     """
     with eval_mode(model), probing(model):
-        example, records = _run(model, batch)
-        module, path = _stack_module(model, records)
-        call = _arguments(model, module, example)
-        stack = _stack(module, path, call, records)
+        example, records = run_on_features(model, feature_examples(model, batch))
+        stack = feature_stack(model, "text", model, example.others, records)
         changes = changes_modules(model, example.others, [stack])
     return ModelStructure(stacks=[stack], vocabulary=0, example=example, changes_modules=changes)
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any] | None) -> tuple[Example, list[AttentionRecord]]:
-    """Run a model on the first example that it accepts, and record the calls to attention functions."""
+def run_on_features(
+    model: nn.Module, examples: Iterable[Example], ids: Tensor | None = None
+) -> tuple[Example, list[AttentionRecord]]:
+    """Run a model on the first example that it accepts, and record the calls to attention functions.
+
+    Args:
+        ids: ids from which an encoder-decoder's `decoder_input_ids` are made, [1, T].
+    """
     failed: Exception | None = None
-    for example in feature_examples(model, batch):
+    ids = torch.zeros(1, 1, dtype=torch.long) if ids is None else ids
+    for example in examples:
         try:
             with recorded_attention(model) as records, seeded(model):
-                model(**example.others)
+                model(**example.arguments(ids))
             return example, records
         except Exception as error:  # noqa: BLE001 - whatever a model raises for a shape that it does not accept
             failed = failed or error
-    given = "the example batch" if batch is not None else f"random `{feature_name(model)}` of the sizes in its config"
+    name = getattr(model, "main_input_name", "input_ids")
     raise UnsupportedModelError(
-        f"{type(model).__name__} fails on {given}; a soft prompt can only be attached to a model that runs.",
+        f"{type(model).__name__} fails on `{name}` of the example batch, or of sizes from its config; a soft prompt can only be "
+        "attached to a model that runs.",
         "Pass a batch with all inputs that the model needs: `attach(..., example=batch)`.",
         cause=f"{type(failed).__name__}: {failed}",
     ) from failed
 
 
+def feature_stack(
+    model: nn.Module, name: StackName, part: nn.Module, arguments: dict[str, Any], records: list[AttentionRecord]
+) -> Stack:
+    """Describe the stack of a model, or of its encoder, that processes features.
+
+    Args:
+        part: the model, or its encoder.
+        arguments: of a forward of the model.
+        records: the calls to attention functions in `part` in that forward.
+    """
+    _refuse_parts(part, records)
+    module, path = _stack_module(model, records)
+    return _stack(name, module, path, arguments_of(model, module, arguments), records)
+
+
 def _stack_module(model: nn.Module, records: list[AttentionRecord]) -> tuple[nn.Module, str]:
-    """Return the innermost module that contains every module with a call to an attention function, and its path."""
-    _refuse_parts(model, records)
+    """Return the module that contains every call to an attention function, outside lists of layers; and its path."""
     paths = {module: path.split(".") for path, module in model.named_modules()}
     parts = [paths[record.module] for record in records]
-    count = 0
-    while count < min(map(len, parts)) - 1 and len({part[count] for part in parts}) == 1:
-        count += 1
-    path = parts[0][:count]
-    while path and isinstance(model.get_submodule(".".join(path)), (nn.ModuleList, nn.ModuleDict)):
-        path = path[:-1]  # a list of layers has no forward
-    return model.get_submodule(".".join(path)), ".".join(path)
+    module, path = model, ""
+    for names in zip(*(part[:-1] for part in parts), strict=False):
+        child = module.get_submodule(names[0])
+        if len(set(names)) > 1 or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            break  # a list of layers has no forward, and a single layer of a list is not the stack
+        module, path = child, f"{path}.{names[0]}".lstrip(".")
+    return module, path
 
 
 def _refuse_parts(model: nn.Module, records: list[AttentionRecord]) -> None:
@@ -96,7 +117,7 @@ def _refuse_parts(model: nn.Module, records: list[AttentionRecord]) -> None:
         )
 
 
-def _arguments(model: nn.Module, module: nn.Module, example: Example) -> dict[str, Any]:
+def arguments_of(model: nn.Module, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments, by name, with which a forward of the model calls a module."""
     calls: list[dict[str, Any]] = []
     names = list(inspect.signature(module.forward).parameters)
@@ -106,7 +127,7 @@ def _arguments(model: nn.Module, module: nn.Module, example: Example) -> dict[st
 
     with Patches() as patches, seeded(model):
         patches.keep(module.register_forward_pre_hook(note, with_kwargs=True))
-        model(**example.others)
+        model(**arguments)
     if len(calls) != 1:
         raise UnsupportedModelError(
             f"{type(module).__name__}, which contains all attention of {type(model).__name__}, runs {len(calls)} times in one "
@@ -116,7 +137,9 @@ def _arguments(model: nn.Module, module: nn.Module, example: Example) -> dict[st
     return calls[0]
 
 
-def _stack(module: nn.Module, path: str, call: dict[str, Any], records: list[AttentionRecord]) -> Stack:
+def _stack(
+    name: StackName, module: nn.Module, path: str, call: dict[str, Any], records: list[AttentionRecord]
+) -> Stack:
     features = next(
         (n for n, v in call.items() if isinstance(v, Tensor) and v.dim() > 1 and v.is_floating_point()), None
     )
@@ -128,7 +151,7 @@ def _stack(module: nn.Module, path: str, call: dict[str, Any], records: list[Att
     parameters = inspect.signature(module.forward).parameters
     width = records[0].width
     stack = Stack(
-        name="text",
+        name=name,
         path=path,
         module=module,
         embedding=nn.Embedding(0, width, device=device_of(module)),

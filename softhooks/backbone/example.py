@@ -26,7 +26,7 @@ class Example:
         others: the arguments besides the text, with one row each, by name; empty if the model runs on ids alone.
         columns: the number of tokens of the text that `others` were made for.
         has_mask: whether every forward gets an attention mask.
-        has_text: whether the model takes token ids; if False, it gets only `others`, with as many rows as there are texts.
+        has_text: whether the model takes `input_ids`; if False, it gets `others`, with as many rows as there are texts.
     """
 
     is_encoder_decoder: bool = False
@@ -45,13 +45,13 @@ class Example:
             decoder: the decoder's ids, [B, T]; by default the ids of the text in a different order.
         """
         others = {name: self._fitted(value, *ids.shape) for name, value in self.others.items()}
-        if not self.has_text:
-            return others
-        arguments: dict[str, Any] = {"input_ids": self._for_choices(ids)}
-        if mask is None and self.has_mask:
-            mask = torch.ones_like(ids)
-        if mask is not None:
-            arguments["attention_mask"] = self._for_choices(mask)
+        arguments: dict[str, Any] = {}
+        if self.has_text:
+            arguments["input_ids"] = self._for_choices(ids)
+            if mask is None and self.has_mask:
+                mask = torch.ones_like(ids)
+            if mask is not None:
+                arguments["attention_mask"] = self._for_choices(mask)
         if self.is_encoder_decoder:
             # The same number of ids, which some heads require.
             arguments["decoder_input_ids"] = ids.roll(1, dims=-1) if decoder is None else decoder

@@ -16,10 +16,14 @@ _IMAGE_SIZE, _CHANNELS, _FRAMES, _BANDS, _SAMPLES = 32, 3, 4, 80, 4000
 """The sizes that are tried if the config has none."""
 
 
-def feature_name(model: nn.Module) -> str | None:
-    """Return the name of the argument with the features of a model that embeds no token ids; None if it embeds some."""
+def feature_name(model: nn.Module, is_encoder_decoder: bool = False) -> str | None:
+    """Return the name of the argument with the features of a model that takes them instead of token ids; None if it takes ids.
+
+    Args:
+        is_encoder_decoder: whether only the encoder takes features, and the decoder takes ids (Whisper).
+    """
     name = getattr(model, "main_input_name", "input_ids")
-    return None if name == "input_ids" or embeds_tokens(model) else str(name)
+    return None if name == "input_ids" or (embeds_tokens(model) and not is_encoder_decoder) else str(name)
 
 
 def embeds_tokens(model: nn.Module) -> bool:
@@ -31,12 +35,14 @@ def embeds_tokens(model: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 2
 
 
-def feature_examples(model: nn.Module, batch: Mapping[str, Any] | None) -> Iterator[Example]:
+def feature_examples(
+    model: nn.Module, batch: Mapping[str, Any] | None, is_encoder_decoder: bool = False
+) -> Iterator[Example]:
     """Yield examples that a model without token ids may accept: the first row of the user's batch, or else random features.
 
     The sizes of random features come from the config. They are drawn with a fixed seed.
     """
-    name = feature_name(model)
+    name = feature_name(model, is_encoder_decoder)
     assert name is not None  # the caller has checked it
     device = device_of(model)
     if batch is not None:
@@ -44,14 +50,14 @@ def feature_examples(model: nn.Module, batch: Mapping[str, Any] | None) -> Itera
         others = {
             key: _first_row(value, rows, device)
             for key, value in batch.items()
-            if key not in LABELS and value is not None
+            if key not in LABELS and not key.startswith("decoder_") and value is not None
         }
-        yield Example(others=others, has_text=False)
+        yield Example(is_encoder_decoder, others=others, has_text=False)
         return
     generator = torch.Generator().manual_seed(0)
     for shape in _shapes(name, getattr(model, "config", None)):
         values = torch.randn(shape, generator=generator).to(device, _dtype(model))
-        yield Example(others={name: values}, has_text=False)
+        yield Example(is_encoder_decoder, others={name: values}, has_text=False)
 
 
 def _first_row(value: Any, rows: int, device: torch.device) -> Any:
@@ -64,9 +70,12 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _shapes(name: str, config: Any) -> Iterator[tuple[int, ...]]:
     """Yield shapes of one row of features: images, videos, raw sound, and spectrograms with time or bands first."""
+    parts = [config, *(part for part in getattr(config, "__dict__", {}).values() if hasattr(part, "to_dict"))]
 
     def size(default: int, *names: str) -> int:
-        found = next((value for key in names if (value := getattr(config, key, None)) is not None), default)
+        found = next(
+            (value for part in parts for key in names if (value := getattr(part, key, None)) is not None), default
+        )
         return int(found[0] if isinstance(found, (list, tuple)) else found)
 
     side = size(_IMAGE_SIZE, "image_size", "input_size")

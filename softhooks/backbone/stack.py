@@ -174,7 +174,7 @@ class Stack:
         reads_ids: whether its states depend on token ids and not only on embeddings; None until measured.
         features: the argument with an image, a sound, or their hidden states, if the model takes these instead of token ids. The
             embedding then has no rows.
-        probe_call: the arguments of its forward on one row, by name, if it takes no token ids.
+        probe_call: the arguments of its forward on one row, by name, in a model that takes an image or a sound; otherwise empty.
         state: its running forward.
     """
 

@@ -82,7 +82,7 @@ def _weights(model: nn.Module, structure: ModelStructure) -> Iterator[tuple[Grou
     seen = {id(p) for head in find_heads(model, structure).values() for p in head.parameters()}
     for stack in structure.stacks:
         weight: Any = stack.embedding.weight
-        if id(weight) not in seen and structure.embeds_tokens:
+        if id(weight) not in seen and stack.features is None:
             seen.add(id(weight))
             yield "embeddings", f"{stack.name}.embedding", weight
         yield from _weights_of_stack(stack, seen)

@@ -22,10 +22,9 @@ from softhooks.prompt import SoftPrompt
 def check_causality(prompt: SoftPrompt) -> None:
     """Check every stack of the model."""
     structure = prompt.prompted_model.structure
-    if not structure.embeds_tokens:
-        return  # no later tokens to change; such a stack is never causal
     for number, stack in enumerate(structure.stacks):
-        calls = _calls(prompt, stack, number)
+        # A stack without token ids is never causal.
+        calls = None if stack.features is not None else _calls(prompt, stack, number)
         if calls is None:
             continue
         with eval_mode(prompt.model):

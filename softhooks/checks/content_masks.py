@@ -47,6 +47,10 @@ class _MaskPass(Pass):
         return attention(*args, **kwargs)
 
 
+FEW_COLUMNS = 5
+"""The number of ids of a decoder whose encoder is examined."""
+
+
 class _Selections(TorchFunctionMode):
     """Notes whether `topk` is asked for all elements; with `only_one`, such a call returns one element instead.
 
@@ -85,6 +89,8 @@ def require_common_masks(prompt: SoftPrompt) -> None:
         return
     limits = [limit for limit in (stack.positions.limit, stack.positions.trained) if limit is not None]
     columns, _ = probe_length(stack.module, min(limits, default=None))
+    if stack.features is not None:
+        columns = FEW_COLUMNS  # only a decoder gets these ids
     with eval_mode(prompt.model), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
         with _Selections(only_one=False) as selections:
             depends = _masks_depend(prompt, stack, columns)
@@ -113,7 +119,7 @@ def _masks_depend(prompt: SoftPrompt, stack: Stack, columns: int) -> bool:
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
     """Run the model on an input without the prompt; if the model needs more than ids, run only the stack."""
     forward_pass, structure = _MaskPass(stack), prompt.prompted_model.structure
-    by_itself = structure.is_encoder_decoder or structure.example.choices is not None
+    by_itself = (structure.is_encoder_decoder and stack.features is None) or structure.example.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)
     with stack.state.running(forward_pass):
         if by_itself:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,16 @@ def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="cannot be read"):
         run(tmp_path)
     vision = tmp_path / "vision"
-    tf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(vision)
+    tf.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4).save_pretrained(vision)
     text = run(vision, status=1)  # no prompt can be attached to it
     assert "refused: " in text
+
+
+def test_a_model_of_images(tmp_path: Path) -> None:
+    tf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(
+        tmp_path
+    )
+    text = run(tmp_path)
+    assert re.search(r"prefix-tuning +attention", text)
+    assert re.search(r"llama-adapter +branch", text)
+    assert re.search(r"\bprompt-tuning +refused: ViTModel takes `pixel_values` instead of token ids", text)

@@ -88,6 +88,15 @@ def test_training_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_head_that_softhooks_does_not_copy_can_be_trained_too() -> None:
+    model = features.build("wav2vec2")
+    with softhooks.attach(model, PrefixTuning(4), trainable="lm_head.*"):
+        assert [name for name, p in model.named_parameters() if p.requires_grad and "soft_prompt" not in name] == [
+            "lm_head.weight",
+            "lm_head.bias",
+        ]
+
+
 def test_a_prompt_of_images_does_not_fit_a_text_model(tmp_path: Path) -> None:
     import zoo
 

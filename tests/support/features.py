@@ -71,3 +71,52 @@ def build(name: str) -> Any:
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
     return model
+
+
+# --- encoder-decoders -------------------------------------------------------------------------------------------------
+
+VOCABULARY = 96
+SPEECH: dict[str, Any] = {
+    **{name: value for name, value in WHISPER.items() if name not in ("num_labels", "use_weighted_layer_sum")},
+    "vocab_size": VOCABULARY, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 40, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
+}  # fmt: skip
+
+
+def _caption() -> Any:
+    decoder = tf.BertConfig(**SIZE, vocab_size=VOCABULARY, is_decoder=True, add_cross_attention=True)
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tf.ViTConfig(**SIZE, **IMAGE), decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
+    return tf.VisionEncoderDecoderModel(config=config)
+
+
+MODELS_OF_PAIRS: dict[str, Callable[[], Any]] = {
+    "whisper": lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**SPEECH)),
+    "caption": _caption,
+    "speech2text": lambda: tf.Speech2TextForConditionalGeneration(
+        tf.Speech2TextConfig(
+            **{**SPEECH, "max_source_positions": 100}, input_feat_per_channel=8, conv_channels=16, input_channels=1
+        )
+    ),
+}
+SHAPES_OF_PAIRS = {"whisper": (8, 40), "caption": (3, 32, 32), "speech2text": (48, 8)}
+
+
+def build_pair(name: str) -> Any:
+    """Build an encoder-decoder with large matrices."""
+    torch.manual_seed(0)
+    model = MODELS_OF_PAIRS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def pair_batch(name: str, rows: int = 2) -> dict[str, Tensor]:
+    """Make the features of some rows, and the decoder's ids."""
+    generator = torch.Generator().manual_seed(1)
+    argument = "pixel_values" if name == "caption" else "input_features"
+    ids = torch.randint(3, VOCABULARY, (rows, 5), generator=generator)
+    return {argument: torch.randn(rows, *SHAPES_OF_PAIRS[name], generator=generator), "decoder_input_ids": ids}

@@ -38,7 +38,9 @@ def find_attention_calls(structure: ModelStructure) -> None:
             )
         if all(site.call is not None for site in stack.sites_of("self")):
             continue
-        if stack.name == "decoder":
+        if stack.probe_call:
+            encoded = stack.probe_call.get("encoder_hidden_states")
+        elif stack.name == "decoder":
             encoder = structure.entry
             with eval_mode(encoder.module), marked_sites(encoder), encoder.state.running(Pass(encoder)):
                 encoded = last_hidden_state(encoder.module(input_ids=_one_id(encoder, structure.vocabulary)))
