@@ -80,7 +80,10 @@ def _shapes(name: str, config: Any) -> Iterator[tuple[int, ...]]:
 
     side = size(_IMAGE_SIZE, "image_size", "input_size")
     channels, frames = size(_CHANNELS, "num_channels", "in_channels"), size(_FRAMES, "num_frames", "tubelet_size")
-    image, bands = (channels, side, side), size(_BANDS, "num_mel_bins", "feature_size", "input_feat_per_channel")
+    image, bands = (
+        (channels, side, side),
+        size(_BANDS, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"),
+    )
     length = size(2 * _BANDS, "max_length", "max_source_positions")
     sound = max(_SAMPLES, 10 * size(1, "inputs_to_logits_ratio"))
     by_time = [(1, length, bands), (1, bands, length), (1, bands, 2 * length)]  # Whisper halves the length

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.survey.modalities.images import IMAGES
+from benchmarks.survey.modalities.features import FEATURES
 from benchmarks.survey.modalities.text import TEXT
 from benchmarks.survey.modality import Modality, Task
 
-MODALITIES: tuple[Modality, ...] = (TEXT, IMAGES)
+MODALITIES: tuple[Modality, ...] = (TEXT, FEATURES)
 
 MODALITY_OF: dict[str, Modality] = {task.name: modality for modality in MODALITIES for task in modality.tasks}
 """Modalities by the name of a task."""
