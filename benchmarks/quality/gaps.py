@@ -52,8 +52,8 @@ def _behind_lora(standings: Standings, task: str, model: str, shots: int) -> str
         f"{label_of(best)}, the best of softhooks' methods, {scores}.",
         f"It trains {trained[best]:,} parameters, LoRA {trained[LORA]:,}.",
     ]
-    if len(compared) >= FEW_METHODS:
-        numbers = [[trained[name] for name in compared], [found.first.mean for found in compared.values()]]
+    numbers = [[trained[name] for name in compared], [found.first.mean for found in compared.values()]]
+    if len(compared) >= FEW_METHODS and all(len(set(values)) > 1 for values in numbers):
         rank = stats.spearmanr(*numbers).statistic
         sentences.append(
             f"Rank correlation of trained parameters and scores among softhooks' {len(compared)} methods: {rank:+.2f}."

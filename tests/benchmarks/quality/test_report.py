@@ -245,6 +245,56 @@ def test_missing_lora_is_said(store: Store, tmp_path: Path) -> None:
     assert f"- 8 shots: {MISSING} (there are no results of LoRA" in _report(store, tmp_path)
 
 
+# --- what is behind ---------------------------------------------------------------------------------------------------
+
+
+def _gaps(store: Store, tmp_path: Path) -> str:
+    return _report(store, tmp_path).split("## Where softhooks is behind")[1].split("## Findings")[0]
+
+
+def test_nothing_is_behind_if_all_scores_are_higher(store: Store, tmp_path: Path) -> None:
+    assert "No cell of the tables above has such a difference." in _gaps(store, tmp_path)
+
+
+def test_what_is_behind_lora_and_peft_is_listed_with_what_the_results_say(store: Store, tmp_path: Path) -> None:
+    """With 32 shots all methods are below LoRA, and prompt tuning is below PEFT's; elsewhere nothing is."""
+    for record in store.all():
+        run = record.run
+        if run.part == "test" and run.shots == 32 and run.model == SMOLLM2:
+            if run.contestant == "p_tuning":
+                store.put(replace(record, trained=20_000))
+            share = {"lora": 0.95, "peft_prompt_tuning": 0.9}.get(run.contestant)
+            if share is not None:
+                scores = np.linspace(0, 1, ROWS) + np.random.default_rng(run.seed).normal(0, 0.02, ROWS) < share
+                store.put(replace(record, scores=scores.astype(float).tolist(), trained=1_000_000))
+    items = [line for line in _gaps(store, tmp_path).split("\n") if line.startswith("- ")]
+    lora, peft = items
+    assert re.match(
+        r"- docstrings, smollm2, 32 shots: prompt tuning \(softhooks\), the best of softhooks' methods, 0\.7", lora
+    )
+    assert "It trains 7,680 parameters, LoRA 1,000,000." in lora
+    assert "Rank correlation" in lora
+    assert re.match(
+        r"- docstrings, smollm2, 32 shots: prompt tuning \(softhooks\), 0\.7\d\d ± .* against PEFT's, 0\.9", peft
+    )
+    assert "Both have the learning rate 0.01." in peft
+
+
+def test_what_was_tried_has_every_rate_and_marks_the_chosen_one(store: Store, tmp_path: Path) -> None:
+    tables = _gaps(store, tmp_path).split("### ")[1:]
+    assert [table.split(":")[0] for table in tables] == [MINILM, SMOLLM2]
+    rows = [line for line in tables[1].split("\n") if line.startswith("| ") and "---" not in line]
+    header, *contestants = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    assert len(contestants) == len(PROFILE.contestants[SMOLLM2] or ())
+    for name, *scores in contestants:
+        found = {rate: score for rate, score in zip(header[1:], scores, strict=True) if score}
+        assert len(found) >= 3, name
+        best = [rate for rate, score in found.items() if score.startswith("**")]
+        values = {rate: float(score.strip("*")) for rate, score in found.items()}
+        assert len(best) == 1
+        assert values[best[0]] == max(values.values())
+
+
 # --- the whole report -------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +304,7 @@ def test_the_report_has_its_sections_and_plots(store: Store, tmp_path: Path) -> 
         "## How it was measured",
         "## Scores",
         "## Comparisons",
+        "## Where softhooks is behind, and what was tried",
         "## Findings of papers",
     ]
     assert "- torch: 9.9" in text
