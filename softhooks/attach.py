@@ -30,7 +30,7 @@ from softhooks.checks.unread_slots import check_unread
 from softhooks.compat.bitsandbytes import keep_unpacked, unpacked
 from softhooks.compat.peft import refuse_peft_prompts, refuse_unloading
 from softhooks.constraint import watch
-from softhooks.errors import PromptTooLongError
+from softhooks.errors import OptionError, PromptTooLongError
 from softhooks.inject.slots.argument_values import find_fills
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
@@ -67,7 +67,7 @@ def attach(
     removed, the prompt that was attached last becomes active.
 
     Args:
-        model: any transformers model that embeds tokens, with or without LoRA from PEFT.
+        model: any transformers model that embeds tokens, or that takes images or sound, with or without LoRA from PEFT.
         method: the method and its options, such as `PromptTuning(20)`.
         name: the prompt's name; a model can have several prompts.
         train_head: train a copy of a newly initialized task head (`score`, `classifier`, `qa_outputs`, ...) with the prompt.
@@ -119,6 +119,10 @@ def attach_prompt(
 ) -> SoftPrompt:
     """Attach a new or stored prompt; see `attach`. If `frozen_record` is True, hash the frozen tensors for `verify_frozen`."""
     check_transformers()
+    if example is not None and not isinstance(example, Mapping):
+        raise OptionError(
+            f"example is a {type(example).__name__}; it must be a batch: a dict with the model's inputs by name."
+        )
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)
     refuse_peft_prompts(model)

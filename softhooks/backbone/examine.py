@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from softhooks.backbone.dependence import change_before, is_rounding
 from softhooks.backbone.examine_features import arguments_of, examine_features, feature_stack, run_on_features
 from softhooks.backbone.example import Example, example_of
-from softhooks.backbone.feature_inputs import feature_examples, feature_name
+from softhooks.backbone.feature_inputs import feature_name
 from softhooks.backbone.find_attention import AttentionRecord, find_sites, make_sites, recorded_attention
 from softhooks.backbone.find_positions import find_positions
 from softhooks.backbone.find_stack import ModuleCall, find_stack, record
@@ -76,7 +76,7 @@ def _examine_pair(model: nn.Module, batch: Mapping[str, Any] | None) -> ModelStr
         inside = set(encoder.modules())
         for columns in (5, 6):  # not the number of encoder states, so that cross-attention is recognized
             text = probe_ids(model, vocabulary, columns)
-            example, attention = run_on_features(model, feature_examples(model, batch, is_encoder_decoder=True), text)
+            example, attention = run_on_features(model, batch, text)
             own = [record for record in attention if record.module in inside]
             if not own or own[0].queries != columns:
                 break

@@ -7,10 +7,9 @@ so only keys and values and gated branches can enter it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.example import Example
@@ -33,33 +32,33 @@ def examine_features(model: nn.Module, batch: Mapping[str, Any] | None) -> Model
         batch: an example batch; without one, random features are tried whose sizes come from the model's config.
     """
     with eval_mode(model), probing(model):
-        example, records = run_on_features(model, feature_examples(model, batch))
+        example, records = run_on_features(model, batch)
         stack = feature_stack(model, "text", model, example.others, records)
         changes = changes_modules(model, example.others, [stack])
     return ModelStructure(stacks=[stack], vocabulary=0, example=example, changes_modules=changes)
 
 
 def run_on_features(
-    model: nn.Module, examples: Iterable[Example], ids: Tensor | None = None
+    model: nn.Module, batch: Mapping[str, Any] | None, ids: Tensor | None = None
 ) -> tuple[Example, list[AttentionRecord]]:
     """Run a model on the first example that it accepts, and record the calls to attention functions.
 
     Args:
+        batch: as in `feature_examples`.
         ids: ids from which an encoder-decoder's `decoder_input_ids` are made, [1, T].
     """
     failed: Exception | None = None
-    ids = torch.zeros(1, 1, dtype=torch.long) if ids is None else ids
-    for example in examples:
+    for example in feature_examples(model, batch, is_encoder_decoder=ids is not None):
         try:
             with recorded_attention(model) as records, seeded(model):
-                model(**example.arguments(ids))
+                model(**(example.others if ids is None else example.arguments(ids)))
             return example, records
         except Exception as error:  # noqa: BLE001 - whatever a model raises for a shape that it does not accept
             failed = failed or error
     name = getattr(model, "main_input_name", "input_ids")
+    given = "the example batch" if batch is not None else f"random `{name}` of the sizes in its config"
     raise UnsupportedModelError(
-        f"{type(model).__name__} fails on `{name}` of the example batch, or of sizes from its config; a soft prompt can only be "
-        "attached to a model that runs.",
+        f"{type(model).__name__} fails on {given}; a soft prompt can only be attached to a model that runs.",
         "Pass a batch with all inputs that the model needs: `attach(..., example=batch)`.",
         cause=f"{type(failed).__name__}: {failed}",
     ) from failed

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.example import LABELS, Example
 from softhooks.compat.offload import device_of
+from softhooks.errors import OptionError
 
 _IMAGE_SIZE, _CHANNELS, _FRAMES, _BANDS, _SAMPLES = 32, 3, 4, 80, 4000
 """The sizes that are tried if the config has none."""
@@ -27,12 +28,13 @@ def feature_name(model: nn.Module, is_encoder_decoder: bool = False) -> str | No
 
 
 def embeds_tokens(model: nn.Module) -> bool:
-    """Whether a model has an embedding matrix, [V, H]; vision models return the convolution that embeds patches."""
+    """Whether a model has an embedding matrix, [V, H]; vision models return the layer that embeds patches."""
     try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        weight = embedding.weight
     except (AttributeError, NotImplementedError, TypeError):
         return False
-    return isinstance(weight, Tensor) and weight.dim() == 2
+    return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(embedding, nn.Linear)
 
 
 def feature_examples(
@@ -46,7 +48,10 @@ def feature_examples(
     assert name is not None  # the caller has checked it
     device = device_of(model)
     if batch is not None:
-        rows = len(batch[name]) if isinstance(batch.get(name), Tensor) else 1
+        if not isinstance(batch.get(name), Tensor):
+            given = ", ".join(batch) or "no arguments"
+            raise OptionError(f"the example has {given}; {type(model).__name__} needs a tensor `{name}`.")
+        rows = len(batch[name])
         others = {
             key: _first_row(value, rows, device)
             for key, value in batch.items()
@@ -73,9 +78,8 @@ def _shapes(name: str, config: Any) -> Iterator[tuple[int, ...]]:
     parts = [config, *(part for part in getattr(config, "__dict__", {}).values() if hasattr(part, "to_dict"))]
 
     def size(default: int, *names: str) -> int:
-        found = next(
-            (value for part in parts for key in names if (value := getattr(part, key, None)) is not None), default
-        )
+        values = (getattr(part, key, None) for part in parts for key in names)
+        found = next((value for value in values if isinstance(value, (int, list, tuple)) and value), default)
         return int(found[0] if isinstance(found, (list, tuple)) else found)
 
     side = size(_IMAGE_SIZE, "image_size", "input_size")

@@ -35,7 +35,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} failed in a forward pass that `attach` runs as a check.",
-            "Check that the model runs with only `input_ids` and `attention_mask`; if it does, softhooks does not support it.",
+            "Check that the model runs on such a batch without a prompt; if it does, softhooks does not support it.",
             cause=f"{type(error).__name__}: {error}",
         ) from error
 

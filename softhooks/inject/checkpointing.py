@@ -53,7 +53,7 @@ class CheckpointedPass(Pass):
         return leaf
 
     def embed(self, output: Tensor) -> Tensor:
-        """Connect the leaves to the text's embeddings; there are leaves only with reentrant checkpointing."""
+        """Connect the leaves to the text's embeddings, or to the features; there are leaves only with reentrant checkpointing."""
         if not self._anchored or not torch.is_grad_enabled():
             return output
         anchored: Tensor = _Anchor.apply(output, *self._anchored)  # type: ignore[no-untyped-call]

@@ -163,6 +163,8 @@ class StackHooks:
         self._make_current(begun, UnchangedPass(self.stack) if begun.opened is None else begun.opened)
         if begun.opened is None:
             return None if call.keys() >= kwargs.keys() else ((), call)  # the model does not accept the extra arguments
+        if self.stack.features is not None:
+            call[self.stack.features] = begun.opened.embed(call[self.stack.features])  # no embedding module does this
         return (), call
 
     def _make_current(self, begun: Call, live: Pass) -> None:
@@ -200,7 +202,7 @@ class StackHooks:
             if opened is None or output is None:
                 return None
             changed = opened.leave(output)
-            if not opened.has_injected:
+            if not opened.has_injected and not _drops_layers(self.stack):
                 raise PromptNotReachedError(
                     f"the forward of {type(self.stack.module).__name__} did not use the prompt.",
                     "Register attention functions before you attach the prompt, and do not replace the embedding afterwards.",
@@ -234,6 +236,12 @@ class StackHooks:
     def strip_slots(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Remove the slots from the hidden states before the stack selects the token for its pooler."""
         return self.stack.state.current.leave(output) if isinstance(self.stack.state.current, SlotPass) else None
+
+
+def _drops_layers(stack: Stack) -> bool:
+    """Whether a stack skips layers at random (layerdrop), perhaps all those that a prompt enters."""
+    rates = getattr(getattr(stack.module, "config", None), "__dict__", {})
+    return stack.module.training and any("layerdrop" in name and rate for name, rate in rates.items())
 
 
 @dataclass(eq=False)

@@ -126,14 +126,15 @@ def test_each_row_can_have_its_own_prompt(method: softhooks.Method) -> None:
             torch.testing.assert_close(together[row : row + 1], answer(model, own), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["vit", "deit", "ast", "wav2vec2"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["vit", "deit", "ast", "wav2vec2", "whisper"])
 @pytest.mark.parametrize("method", METHODS[:3], ids=str)
-def test_checkpointed_layers_give_the_same_gradients(name: str, method: softhooks.Method) -> None:
+def test_checkpointed_layers_give_the_same_gradients(name: str, method: softhooks.Method, reentrant: bool) -> None:
     gradients = []
     for checkpointed in (False, True):
         model = features.build(name)
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(3)
         prompt = louder(softhooks.attach(model, method, train_head=False))
         model.train()
@@ -177,6 +178,16 @@ def test_nothing_of_the_model_changes(name: str, method: softhooks.Method) -> No
         prompt.verify_frozen()
         assert not torch.equal(answer(model, call), before)
     assert torch.equal(answer(model, call), before)
+
+
+def test_layers_may_be_dropped_at_random() -> None:
+    """Also all of those that the prompt enters."""
+    model = features.build("wav2vec2")
+    model.config.layerdrop = 0.7
+    softhooks.attach(model, LlamaAdapter(P, num_layers=1))
+    model.train()
+    for _ in range(20):
+        answer(model, features.batch("wav2vec2")).sum().backward()
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -229,6 +240,39 @@ def test_methods_that_need_words_are_refused(method: softhooks.Method, found: st
     model = features.build("vit")
     with untouched(model), pytest.raises(softhooks.SoftHooksError, match=f"(?s){found}"):
         softhooks.attach(model, method)
+
+
+@pytest.mark.parametrize(
+    ("example", "found"),
+    [
+        (3, "example is a int"),
+        ({}, "no arguments; ViTFor.*`pixel_values`"),
+        ({"labels": torch.zeros(2)}, "has labels;"),
+    ],
+)
+def test_an_example_without_features_is_refused(example: Any, found: str) -> None:
+    model = features.build("vit")
+    with untouched(model), pytest.raises(softhooks.OptionError, match=found):
+        softhooks.attach(model, PrefixTuning(P), example=example)
+
+
+def test_patches_that_a_linear_layer_embeds_are_no_tokens() -> None:
+    """SigLIP 2 takes patches, their mask and the shapes of the images."""
+    config = tf.Siglip2Config(
+        vision_config={**features.SIZE, "num_patches": 16, "patch_size": 4},
+        text_config={**features.SIZE, "vocab_size": 64}, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.Siglip2ForImageClassification(config).eval()
+    call = {
+        "pixel_values": torch.randn(2, 16, 48),
+        "pixel_attention_mask": torch.tensor([[1] * 16, [1] * 12 + [0] * 4]),
+        "spatial_shapes": torch.tensor([[4, 4], [3, 4]]),
+    }
+    before = answer(model, call)
+    with softhooks.attach(model, PrefixTuning(P), example=call) as prompt:
+        louder(prompt)
+        assert not torch.equal(answer(model, call), before)
 
 
 # --- an unknown class -------------------------------------------------------------------------------------------------

@@ -174,6 +174,27 @@ def test_long_sound_is_written_window_by_window(method: softhooks.Method) -> Non
     assert not torch.equal(bare["sequences"], found["sequences"])
 
 
+@pytest.mark.parametrize("method", METHODS[:3], ids=str)
+def test_reentrant_checkpoints_give_the_same_gradients(method: softhooks.Method) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = features.build_pair("whisper")
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        prompt = louder(softhooks.attach(model, method))
+        model.train()
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        prompt.encoder.eval()
+        torch.manual_seed(4)
+        answer(model, features.pair_batch("whisper")).square().sum().backward()
+        gradients.append([parameter.grad for parameter in prompt.encoder.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,17 @@ def test_a_head_that_softhooks_does_not_copy_can_be_trained_too() -> None:
         ]
 
 
+@pytest.mark.parametrize("name", ["vit", "wav2vec2", "videomae", "ast"])
+def test_a_base_model_and_its_prompt_are_loaded_in_one_line(name: str, tmp_path: Path) -> None:
+    features.build(name).save_pretrained(tmp_path / "base")
+    base = type(features.build(name)).from_pretrained(tmp_path / "base").eval()
+    with softhooks.attach(base, PrefixTuning(4)) as prompt:
+        expected = base(**features.batch(name)).logits
+        prompt.save_pretrained(tmp_path / "prompt")
+    model = softhooks.load_model(tmp_path / "prompt")
+    torch.testing.assert_close(model.eval()(**features.batch(name)).logits, expected)
+
+
 def test_a_prompt_of_images_does_not_fit_a_text_model(tmp_path: Path) -> None:
     import zoo
 
