@@ -16,10 +16,10 @@ from benchmarks.quality.tables import markdown_table
 
 GAPS = (
     "Cells of the tables above in which all softhooks' methods score more than one standard error below LoRA, and methods that "
-    "score more than one standard error below PEFT's version of them. LoRA changes the weights of every linear layer, with many more "
-    "parameters than a prompt has. If that is the reason, scores rise with the number of parameters, and the rank correlation of "
-    "the two among softhooks' methods is near 1; near 0, it is not the reason. With a single seed for the choice of the learning "
-    "rate, a method and PEFT's version of it may get different rates by chance."
+    "score more than one standard error below PEFT's version of them. LoRA changes the weights of every linear layer, with many "
+    "more parameters than a prompt has. If that is the reason, scores rise with the number of parameters, and the rank "
+    "correlation of the two among softhooks' methods is near 1; near 0, it is not the reason. With a single seed for the choice "
+    "of the learning rate, a method and PEFT's version of it may get different rates by chance."
 )
 TRIED = (
     "What was tried, on the development rows: each contestant with each learning rate, one seed. A score is the mean over "

@@ -144,7 +144,9 @@ def _prompts(standings: Standings) -> list[str]:
             if options is None:
                 continue
             template, examples = TEMPLATES[task][dict(options)["template"]], dict(options).get("examples")
-            words = {ZERO_SHOT: "", FEW_SHOT: f", {examples} examples" if examples else ", as many examples as fit"}[contestant]
+            words = {ZERO_SHOT: "", FEW_SHOT: f", {examples} examples" if examples else ", as many examples as fit"}[
+                contestant
+            ]
             words += " of each class" if examples and task not in GENERATED else ""
             items.append(f"{task}, {model}, {label_of(contestant)}: {_shown(template)}{words}")
     if not items:
