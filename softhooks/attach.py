@@ -121,7 +121,7 @@ def attach_prompt(
     check_transformers()
     if example is not None and not isinstance(example, Mapping):
         raise OptionError(
-            f"example is a {type(example).__name__}; it must be a batch: a dict with the model's inputs by name."
+            f"`example` has the type {type(example).__name__}; it must be a batch: a dict of the model's inputs by name."
         )
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)

@@ -1,9 +1,9 @@
 """Add gated branches to decoders that do not use transformers' attention interface.
 
-Prefixes enter these decoders through the cache. It gets the keys and values, but a branch also needs the queries. GPT-J, GPT-Neo,
-CodeGen and GPT-NeoX-Japanese compute attention in a method `_attn`, which is wrapped. In the families of `inline.decoders`, the
-forward of the attention module is replaced; `attach` compares the results of both. Attention over the text is computed by the
-same operations as without a prompt.
+Prefixes enter these decoders through the cache, which receives keys and values only; a gated branch also needs the queries.
+GPT-J, GPT-Neo, CodeGen and GPT-NeoX-Japanese compute attention in a method `_attn`, which is wrapped. For the families in
+`inline.decoders`, the forward of the attention module is replaced; `attach` checks that both forwards return the same. Attention
+over the text is computed by the same operations as without a prompt.
 """
 
 from __future__ import annotations

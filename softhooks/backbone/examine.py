@@ -84,9 +84,7 @@ def _examine_pair(model: nn.Module, batch: Mapping[str, Any] | None) -> ModelStr
         first = feature_stack(model, "encoder", encoder, arguments, own)
         ids = arguments["decoder_input_ids"]
         runs = _Runs(example, text, {"decoder": ids}, record(model, arguments), attention)
-        changed = ids.clone()
-        changed[:, 1] = ids[0, 0] if ids[0, 1] != ids[0, 0] else ids[0, 2]
-        runs.changed["decoder"] = record(model, example.arguments(text, decoder=changed))
+        runs.changed["decoder"] = record(model, example.arguments(text, decoder=_with_another_id(ids)))
         second = _stack(model, "decoder", ids, runs)
         inside = set(second.module.modules())
         second.sites = make_sites(second, [one for one in attention if one.module in inside], encoded=own[0].queries)
@@ -138,10 +136,16 @@ def _run(model: nn.Module, ids: Tensor, batch: Mapping[str, Any] | None) -> _Run
     """Run a model on ids, and then once for each stack with a different second id for that stack."""
     runs = _first_run(model, ids, batch)
     for name, own in runs.ids.items():
-        changed = own[:1].clone()
-        changed[:, 1] = own[0, 0] if own[0, 1] != own[0, 0] else own[0, 2]
-        runs.changed[name] = _recorded(model, runs.example, ids, runs.arguments(name, changed)).calls
+        changed = runs.arguments(name, _with_another_id(own[:1]))
+        runs.changed[name] = _recorded(model, runs.example, ids, changed).calls
     return runs
+
+
+def _with_another_id(ids: Tensor) -> Tensor:
+    """Replace the second id of a text, [1, T], by another one of its ids."""
+    changed = ids.clone()
+    changed[:, 1] = ids[0, 0] if ids[0, 1] != ids[0, 0] else ids[0, 2]
+    return changed
 
 
 def _first_run(model: nn.Module, ids: Tensor, batch: Mapping[str, Any] | None) -> _Runs:

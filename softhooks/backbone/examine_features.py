@@ -41,10 +41,10 @@ def examine_features(model: nn.Module, batch: Mapping[str, Any] | None) -> Model
 def run_on_features(
     model: nn.Module, batch: Mapping[str, Any] | None, ids: Tensor | None = None
 ) -> tuple[Example, list[AttentionRecord]]:
-    """Run a model on the first example that it accepts, and record the calls to attention functions.
+    """Try examples until the model runs on one, and record the calls to attention functions in that forward.
 
     Args:
-        batch: as in `feature_examples`.
+        batch: the user's example batch, which is then the only one to try.
         ids: ids from which an encoder-decoder's `decoder_input_ids` are made, [1, T].
     """
     failed: Exception | None = None
@@ -129,8 +129,8 @@ def arguments_of(model: nn.Module, module: nn.Module, arguments: dict[str, Any])
         model(**arguments)
     if len(calls) != 1:
         raise UnsupportedModelError(
-            f"{type(module).__name__}, which contains all attention of {type(model).__name__}, runs {len(calls)} times in one "
-            "forward; a prompt needs a module that runs once.",
+            f"{type(module).__name__} runs {len(calls)} times in one forward of {type(model).__name__}; a prompt can only enter "
+            "a module that runs once.",
             _ADAPTERS,
         )
     return calls[0]
@@ -144,7 +144,7 @@ def _stack(
     )
     if features is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} gets no tensor of floating-point numbers, so the number of its rows is not known.",
+            f"{type(module).__name__} is called without images, sound or hidden states: no argument is a floating-point tensor.",
             _ADAPTERS,
         )
     parameters = inspect.signature(module.forward).parameters

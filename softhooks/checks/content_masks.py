@@ -20,6 +20,9 @@ from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedMethodError
 from softhooks.prompt import SoftPrompt
 
+_DECODER_COLUMNS = 5
+"""The number of ids for the decoder if the encoder, which takes no ids, is checked."""
+
 
 class _MaskPass(Pass):
     """A forward pass that records the mask of each self-attention module.
@@ -45,10 +48,6 @@ class _MaskPass(Pass):
         if site.role == "self":
             self.masks[site.index] = args[4] if len(args) > 4 else kwargs.get("attention_mask")
         return attention(*args, **kwargs)
-
-
-FEW_COLUMNS = 5
-"""The number of ids of a decoder whose encoder is examined."""
 
 
 class _Selections(TorchFunctionMode):
@@ -90,7 +89,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
     limits = [limit for limit in (stack.positions.limit, stack.positions.trained) if limit is not None]
     columns, _ = probe_length(stack.module, min(limits, default=None))
     if stack.features is not None:
-        columns = FEW_COLUMNS  # only a decoder gets these ids
+        columns = _DECODER_COLUMNS  # the stack takes no ids
     with eval_mode(prompt.model), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
         with _Selections(only_one=False) as selections:
             depends = _masks_depend(prompt, stack, columns)
@@ -125,7 +124,11 @@ def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPas
         if by_itself:
             stack.module(input_ids=ids, attention_mask=torch.ones_like(ids))
         else:
-            prompt.model(**structure.example.arguments(ids, torch.ones_like(ids)))
+            arguments = structure.example.arguments(ids, torch.ones_like(ids))
+            name = str(prompt.model.main_input_name)
+            if stack.features is not None and seed:
+                arguments[name] = arguments[name].flip(-1)  # another image or sound
+            prompt.model(**arguments)
     return forward_pass
 
 

@@ -107,7 +107,7 @@ class PrefixTuning(KeyValuePrefix):
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
         """Make an encoder with which a saved prefix can be trained further."""
-        return ScaledPrefixEncoder(tables, self.dropout) if self.scaled else super().rebuild(structure, tables)
+        return self.table_encoder(tables) if self.scaled else super().rebuild(structure, tables)
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
         """Return the initial keys and values for each group of attention layers, [P, N]."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.heads import run_head, run_heads_by_row
 from softhooks.backbone.stack import Stack
+from softhooks.backbone.stack_state import RunningPass
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
 from softhooks.inject.cache_notes import encoded_slots, note_caches, note_encoded, require_encoded
 from softhooks.inject.checkpointing import CheckpointedPass, UnchangedPass
@@ -153,8 +154,10 @@ class StackHooks:
         """Create the pass for this forward, and change the call's arguments."""
         own = self.stack.state.current
         if own is not None and not own.has_begun:
-            own.has_begun = True
-            return None  # softhooks is running the stack on the virtual tokens alone
+            own.has_begun = True  # softhooks is running the stack by itself, without the prompt
+            if self.stack.features is None:
+                return None
+            return (), self._embedded(own, dict(zip(self.stack.parameters, args, strict=False)) | kwargs)
         outer, what = self.prompted.running.call, f"the forward of {type(module).__name__}"
         alone = None if outer is not None and outer.is_model else lambda: needs_model_alone(self.prompted)
         begun = self.prompted.running.begin(self, what, module_call(), is_exclusive=alone)
@@ -163,9 +166,12 @@ class StackHooks:
         self._make_current(begun, UnchangedPass(self.stack) if begun.opened is None else begun.opened)
         if begun.opened is None:
             return None if call.keys() >= kwargs.keys() else ((), call)  # the model does not accept the extra arguments
-        if self.stack.features is not None:
-            call[self.stack.features] = begun.opened.embed(call[self.stack.features])  # no embedding module does this
-        return (), call
+        return (), self._embedded(begun.opened, call)
+
+    def _embedded(self, live: RunningPass, call: dict[str, Any]) -> dict[str, Any]:
+        """Let a pass change the features; those of a text are changed by the hook on the embedding."""
+        name = self.stack.features
+        return call if name is None else call | {name: live.embed(call[name])}
 
     def _make_current(self, begun: Call, live: Pass) -> None:
         """Make a pass the current pass of the stack until the call ends."""

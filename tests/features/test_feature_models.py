@@ -245,7 +245,7 @@ def test_methods_that_need_words_are_refused(method: softhooks.Method, found: st
 @pytest.mark.parametrize(
     ("example", "found"),
     [
-        (3, "example is a int"),
+        (3, "has the type int"),
         ({}, "no arguments; ViTFor.*`pixel_values`"),
         ({"labels": torch.zeros(2)}, "has labels;"),
     ],
@@ -310,6 +310,26 @@ def test_an_unknown_class_works_with_an_example() -> None:
             assert not torch.equal(model(frames=frames)["logits"], before)
             assert torch.equal(model(frames)["logits"], model(frames=frames)["logits"])
         assert torch.equal(model(frames=frames)["logits"], before)
+
+
+class Picky(Frames):
+    """Each frame sees only frames whose first number is above the mean."""
+
+    def forward(self, frames: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        states = self.project(frames)
+        seen = (states[..., 0] > states[..., 0].mean(1, keepdim=True))[:, None, None].expand(
+            -1, -1, states.shape[1], -1
+        )
+        for layer in self.layers:
+            states = layer(states, seen)
+        return {"logits": self.classifier(states.mean(1))}
+
+
+def test_masks_that_depend_on_the_features_are_refused() -> None:
+    torch.manual_seed(0)
+    model = Picky(tf.BertConfig(hidden_size=32, num_attention_heads=4)).eval()
+    with pytest.raises(softhooks.UnsupportedMethodError, match="masks"):
+        softhooks.attach(model, PrefixTuning(P), example={"frames": torch.randn(2, 9, 5)})
 
 
 def test_zoo_models_still_take_ids() -> None:

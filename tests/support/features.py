@@ -64,8 +64,12 @@ def batch(name: str, rows: int = 2) -> dict[str, Tensor]:
 
 def build(name: str) -> Any:
     """Build a model whose matrices are large enough for every layer to matter."""
+    return _with_large_matrices(MODELS[name])
+
+
+def _with_large_matrices(make: Callable[[], Any]) -> Any:
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = make().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -104,12 +108,7 @@ SHAPES_OF_PAIRS = {"whisper": (8, 40), "caption": (3, 32, 32), "speech2text": (4
 
 def build_pair(name: str) -> Any:
     """Build an encoder-decoder with large matrices."""
-    torch.manual_seed(0)
-    model = MODELS_OF_PAIRS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
+    model = _with_large_matrices(MODELS_OF_PAIRS[name])
     model.generation_config.eos_token_id = None
     return model
 

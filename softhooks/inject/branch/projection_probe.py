@@ -122,9 +122,10 @@ def _watch_features(stack: Stack) -> dict[int, _Seen]:
 
 
 def _one_token(value: Any) -> Any:
-    """Return one token of hidden states, [1, T, H]; leave out masks, [1, .., T, K]; return other arguments unchanged.
+    """Reduce an argument of an attention module to one token.
 
-    It is the token with the largest state: in a model without trained weights, the class token is zero.
+    Hidden states, [1, T, H], become [1, 1, H]. The token with the largest state is kept, because the class token of an untrained
+    model is zero. Masks, [1, .., T, K], become None. Other arguments are returned unchanged.
     """
     if not isinstance(value, Tensor) or value.dim() < 3:
         return value
