@@ -125,8 +125,8 @@ def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPas
             stack.module(input_ids=ids, attention_mask=torch.ones_like(ids))
         else:
             arguments = structure.example.arguments(ids, torch.ones_like(ids))
-            name = str(prompt.model.main_input_name)
             if stack.features is not None and seed:
+                name = str(prompt.model.main_input_name)
                 arguments[name] = arguments[name].flip(-1)  # another image or sound
             prompt.model(**arguments)
     return forward_pass
